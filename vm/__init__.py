@@ -1,0 +1,1 @@
+"""The lab machine and the front door: provisioner, QEMU and Vagrant backends."""

@@ -18,15 +18,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vm import labvm, vagrant
-from vm.labvm import CACHE, REPO, RUN
+from vm import labvm, qemu, vagrant
+from vm.image import CACHE, NEED_DISK, NEED_MEMORY, REPO, as_root, key, memory_available
+from vm.labvm import RUN
 from vm.steps import LabError, run, step
 
 GUEST_REPO = "/lab"
 GUEST_PYTHON = "/opt/labs/venv/bin/python"
 SITE = REPO / "book/_build/html"
 HOST_TESTS = ("tests/lint", "tests/site", "tests/vm")
-LEFT_OUT = (".git", ".lab", "_build", "__pycache__", ".ipynb_checkpoints", "node_modules", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+LEFT_OUT = (
+    ".git",
+    ".lab",
+    "_build",
+    "__pycache__",
+    ".ipynb_checkpoints",
+    "node_modules",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+)
 UP = "up"
 
 
@@ -42,7 +53,9 @@ class Guest(NamedTuple):
     def push(self) -> None:
         """Copy this clone to the guest's /lab, replacing what was there."""
         excludes = [f"--exclude={name}" for name in LEFT_OUT]
-        tar = subprocess.Popen(["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", "-", "."], stdout=subprocess.PIPE)
+        tar = subprocess.Popen(
+            ["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", "-", "."], stdout=subprocess.PIPE
+        )
         unpack = f"mkdir -p {GUEST_REPO} && cd {GUEST_REPO} && find . -mindepth 1 -delete && tar -xf - && touch .pushed"
         status = subprocess.run([*self.ssh, unpack], stdin=tar.stdout).returncode
         if tar.wait() or status:
@@ -52,7 +65,9 @@ class Guest(NamedTuple):
         """Unpack what a guest command writes as a tar stream (run in /lab) below `target`; return the names."""
         data = subprocess.run([*self.ssh, f"cd {GUEST_REPO} && {command}"], stdout=subprocess.PIPE, check=True).stdout
         target.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["tar", "-C", str(target), "-xvf", "-", "--no-same-owner"], input=data, capture_output=True)
+        done = subprocess.run(
+            ["tar", "-C", str(target), "-xvf", "-", "--no-same-owner"], input=data, capture_output=True
+        )
         if done.returncode:
             raise LabError(f"the lab machine's files could not be unpacked: {done.stderr.decode().strip()}")
         return done.stdout.decode().split()
@@ -71,7 +86,7 @@ def environment(*lists: str) -> Path:
             shutil.rmtree(place, ignore_errors=True)
             log = RUN / "venv.log"
             run([sys.executable, "-m", "venv", place], log)
-            wanted = [part for name in lists for part in ("-r", REPO / name)]
+            wanted: list[str | Path] = [f"--requirement={REPO / name}" for name in lists]
             run([place / "bin/python", "-m", "pip", "install", "--quiet", *wanted], log)
             (place / "complete").touch()
     return place / "bin"
@@ -82,10 +97,10 @@ def build_site() -> None:
     bin_ = environment("requirements.txt")
     with step("the site, strictly"):
         env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'book/_ext'}"}
-        argv = [bin_ / "jupyter-book", "build", "-W", "-n", "--keep-going", "--path-output", REPO / "book", REPO / "book"]
+        strictly = ["-W", "-n", "--keep-going", "--path-output", str(REPO / "book")]
         log = RUN / "site.log"
         log.unlink(missing_ok=True)
-        run(argv, log, env=env)
+        run([bin_ / "jupyter-book", "build", *strictly, REPO / "book"], log, env=env)
 
 
 # ── machines ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,7 +159,9 @@ def up(args: Sequence[str]) -> int:
     if _book_server() is None:
         _require_free("LAB_BOOK_PORT", book)
         _serve_book(book)
-    token = subprocess.run([*guest.ssh, ". /etc/labs-jupyter.env && echo $JUPYTER_TOKEN"], capture_output=True, text=True, check=True).stdout.strip()
+    token = subprocess.run(
+        [*guest.ssh, ". /etc/labs-jupyter.env && echo $JUPYTER_TOKEN"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     (RUN / "ports").write_text(f"{_kept_ports(jupyter, book)}\n")
     jupyter, book = map(int, (RUN / "ports").read_text().split())
     print(f"\n  the book       http://127.0.0.1:{book}/\n  JupyterLab     http://127.0.0.1:{jupyter}/lab?token={token}")
@@ -153,8 +170,7 @@ def up(args: Sequence[str]) -> int:
 
 
 def _start_up(jupyter: int) -> Guest:
-    for stale in ("ports",):
-        (RUN / stale).unlink(missing_ok=True)
+    (RUN / "ports").unlink(missing_ok=True)
     if backend() == "vagrant":
         return _guest(vagrant.start())
     guest = Guest(labvm.start(UP, {jupyter: 8888}).ssh())
@@ -177,7 +193,7 @@ def _wait_http(url: str, timeout: float) -> None:
     while True:
         try:
             urllib.request.urlopen(url, timeout=10).close()
-            return
+            break
         except OSError as error:
             if time.monotonic() > deadline:
                 raise LabError(f"{url} did not answer within {timeout:.0f} s: {error}") from None
@@ -207,7 +223,10 @@ def down(args: Sequence[str]) -> int:
     guest = running_guest()
     if guest and backend() == "qemu":
         target = RUN / "saved" / time.strftime("%Y%m%d-%H%M%S")
-        changed = guest.pull("find book -name '*.ipynb' -newer .pushed ! -path '*/.ipynb_checkpoints/*' -print0 | tar --null -T - -cf -", target)
+        changed = guest.pull(
+            "find book -name '*.ipynb' -newer .pushed ! -path '*/.ipynb_checkpoints/*' -print0 | tar --null -T - -cf -",
+            target,
+        )
         if changed:
             print(f"  your changed notebooks: {target}")
         else:
@@ -235,7 +254,9 @@ def test(paths: Sequence[str]) -> int:
             build_site()
         print(f"▸ on this machine: pytest {' '.join(on_host)}", flush=True)
         env = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "LAB_CACHE": str(CACHE)}
-        status = subprocess.run([bin_ / "python", "-m", "pytest", "--durations=5", *on_host], cwd=REPO, env=env).returncode
+        status = subprocess.run(
+            [bin_ / "python", "-m", "pytest", "--durations=5", *on_host], cwd=REPO, env=env
+        ).returncode
         print(f"  {time.monotonic() - began:.0f} s so far", flush=True)
     if in_guest:
         with fresh_guest("test") as guest:
@@ -262,7 +283,9 @@ def book(args: Sequence[str]) -> int:
 def record(paths: Sequence[str]) -> int:
     """Run notebooks in a clean lab machine from a fresh kernel, normalise them, and bring them back."""
     _require_paths(paths)
-    wanted = list(paths) or sorted(str(p.relative_to(REPO)) for p in (REPO / "book").rglob("*.ipynb") if "_build" not in p.parts)
+    wanted = list(paths) or sorted(
+        str(p.relative_to(REPO)) for p in (REPO / "book").rglob("*.ipynb") if "_build" not in p.parts
+    )
     with fresh_guest("record") as guest:
         for path in wanted:
             with step(f"record {path}"):
@@ -295,7 +318,9 @@ def bench(args: Sequence[str]) -> int:
                 return status
             if target:
                 guest.pull(f"tar -cf - bench-{name}.json", RUN)
-                shutil.move(RUN / f"bench-{name}.json", target if len(args) == 1 else target.with_name(f"{name}-{target.name}"))
+                shutil.move(
+                    RUN / f"bench-{name}.json", target if len(args) == 1 else target.with_name(f"{name}-{target.name}")
+                )
     return 0
 
 
@@ -324,16 +349,16 @@ def clean(args: Sequence[str]) -> int:
         labvm.stop(place.parent.name)
     for gone in (RUN, REPO / "book/_build", CACHE):
         if gone.exists():
-            run([*labvm.as_root(), "rm", "-rf", "--one-file-system", gone], Path("/dev/null"))
+            run([*as_root(), "rm", "-rf", "--one-file-system", gone], Path("/dev/null"))
             print(f"  removed {gone}")
     return 0
 
 
 def doctor(args: Sequence[str]) -> int:
-    """Say line by line what this machine has and lacks; exit status 1 when `up` or `test` would need to install something."""
+    """Say line by line what this machine has and lacks; exit status 1 where something is lacking."""
     _no_arguments("doctor", args)
     commands = {
-        "qemu": [labvm.arch().qemu, "qemu-img", "mmdebstrap", "zstd", "mke2fs", "ssh", "ssh-keygen"],
+        "qemu": [qemu.arch().qemu, "qemu-img", "mmdebstrap", "zstd", "mke2fs", "ssh", "ssh-keygen"],
         "vagrant": ["vagrant", "ssh"],
     }[backend()]
     path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
@@ -342,15 +367,23 @@ def doctor(args: Sequence[str]) -> int:
         found = shutil.which(command, path=path)
         lacks += not found
         _line(bool(found), command, found or "missing: ./lab up or ./lab test installs it through apt")
-    free, memory = shutil.disk_usage(CACHE if CACHE.exists() else Path.home()).free, labvm.memory_available()
-    _line(free >= labvm.NEED_DISK, "disk", f"{free / 2**30:.1f} GiB free, {labvm.NEED_DISK >> 30} GiB needed to build the image")
-    _line(memory >= labvm.NEED_MEMORY, "memory", f"{memory / 2**30:.1f} GiB available, {labvm.NEED_MEMORY / 2**30:.1f} GiB needed")
-    _line(True, "machine", f"{platform.machine()}, {os.cpu_count()} CPUs, acceleration: {labvm.accelerator()}")
+    free, memory = shutil.disk_usage(CACHE if CACHE.exists() else Path.home()).free, memory_available()
+    _line(
+        free >= NEED_DISK,
+        "disk",
+        f"{free / 2**30:.1f} GiB free, {NEED_DISK >> 30} GiB needed to build the image",
+    )
+    _line(
+        memory >= NEED_MEMORY,
+        "memory",
+        f"{memory / 2**30:.1f} GiB available, {NEED_MEMORY / 2**30:.1f} GiB needed",
+    )
+    _line(True, "machine", f"{platform.machine()}, {os.cpu_count()} CPUs, acceleration: {qemu.accelerator()}")
     if backend() == "qemu" and not lacks:
-        place = CACHE / f"vm-{labvm.key()}"
+        place = CACHE / f"vm-{key()}"
         _line(True, "image", f"{place}" if place.exists() else "not built yet: the first ./lab up builds it")
     _line(True, "lab", "running" if running_guest() else "not running")
-    return 1 if lacks or free < labvm.NEED_DISK or memory < labvm.NEED_MEMORY else 0
+    return 1 if lacks or free < NEED_DISK or memory < NEED_MEMORY else 0
 
 
 def _line(good: bool, name: str, text: str) -> None:
@@ -384,7 +417,9 @@ def _require_free(variable: str, number: int) -> None:
         try:
             s.bind(("127.0.0.1", number))
         except OSError:
-            raise LabError(f"{variable}: {number}: this port of 127.0.0.1 is in use; set {variable} to another") from None
+            raise LabError(
+                f"{variable}: {number}: this port of 127.0.0.1 is in use; set {variable} to another"
+            ) from None
 
 
 def _require_paths(paths: Sequence[str]) -> None:

@@ -44,12 +44,16 @@ def _spin(name: str, start: float, done: threading.Event) -> None:
 
 
 def run(argv: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-    """Run a command with its output appended to `log`; on failure raise LabError with the last lines and the log's name."""
+    """Run a command, its output appended to `log`; on failure raise LabError with the last lines and the log's name."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         out.write(("\n$ " + " ".join(map(str, argv)) + "\n").encode())
         out.flush()
-        status = subprocess.run([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=cwd).returncode
+        status = subprocess.run(
+            [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=cwd
+        ).returncode
     if status:
         tail = "\n".join("    " + line for line in log.read_text(errors="replace").splitlines()[-12:])
-        raise LabError(f"{Path(str(argv[0])).name} ended with status {status}; its last lines:\n{tail}\n  the whole log: {log}")
+        raise LabError(
+            f"{Path(str(argv[0])).name} ended with status {status}; its last lines:\n{tail}\n  the whole log: {log}"
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from vm.labvm import REPO, RUN
+from vm.image import REPO
+from vm.labvm import RUN
 from vm.steps import LabError, step
 
 CONFIG = RUN / "vagrant-ssh-config"
@@ -21,12 +22,14 @@ def running() -> Path | None:
     if done.returncode:
         return None
     # the labs work as root: the provisioner gave root the same key
-    CONFIG.write_text("\n".join("  User root" if line.split()[:1] == ["User"] else line for line in done.stdout.splitlines()) + "\n")
+    CONFIG.write_text(
+        "\n".join("  User root" if line.split()[:1] == ["User"] else line for line in done.stdout.splitlines()) + "\n"
+    )
     return CONFIG
 
 
 def start() -> Path:
-    """Bring the machine up (and provisioned) and return its ssh_config; LabError with Vagrant's last words otherwise."""
+    """Bring the machine up, provisioned, and return its ssh_config; LabError with Vagrant's last words otherwise."""
     with step("vagrant up"):
         done = _vagrant("up")
     if done.returncode:

@@ -12,14 +12,20 @@ store = redis.Redis(host=os.environ["REDIS_HOST"], port=int(os.environ.get("REDI
 
 
 class ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A thread a request."""
+
     daemon_threads = True
 
 
 def application(environ: dict[str, str], start_response: Callable[..., object]) -> Iterable[bytes]:
     """Answer `/` with the visit count and this host's name, `/healthz` with redis's state; 503 without redis."""
+    status = "200 OK"
     try:
-        body = "ok\n" if environ["PATH_INFO"] == "/healthz" and store.ping() else f"visits {store.incr('visits')} from {socket.gethostname()}\n"
-        status = "200 OK"
+        if environ["PATH_INFO"] == "/healthz":
+            store.ping()
+            body = "ok\n"
+        else:
+            body = f"visits {store.incr('visits')} from {socket.gethostname()}\n"
     except redis.RedisError as error:
         status, body = "503 Service Unavailable", f"redis: {error}\n"
     start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
