@@ -53,12 +53,11 @@ class Guest(NamedTuple):
     def push(self) -> None:
         """Copy this clone to the guest's /lab, replacing what was there."""
         excludes = [f"--exclude={name}" for name in LEFT_OUT]
-        tar = subprocess.Popen(
-            ["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", "-", "."], stdout=subprocess.PIPE
-        )
+        pack = ["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", "-", "."]
         unpack = f"mkdir -p {GUEST_REPO} && cd {GUEST_REPO} && find . -mindepth 1 -delete && tar -xf - && touch .pushed"
-        status = subprocess.run([*self.ssh, unpack], stdin=tar.stdout).returncode
-        if tar.wait() or status:
+        with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
+            status = subprocess.run([*self.ssh, unpack], stdin=tar.stdout).returncode
+        if tar.returncode or status:
             raise LabError("the repository could not be copied into the lab machine")
 
     def pull(self, command: str, target: Path) -> list[str]:
@@ -100,6 +99,7 @@ def build_site() -> None:
         strictly = ["-W", "-n", "--keep-going", "--path-output", str(REPO / "book")]
         log = RUN / "site.log"
         log.unlink(missing_ok=True)
+        shutil.rmtree(SITE.parent, ignore_errors=True)  # pages of an older book would stay
         run([bin_ / "jupyter-book", "build", *strictly, REPO / "book"], log, env=env)
 
 
@@ -254,6 +254,7 @@ def test(paths: Sequence[str]) -> int:
             build_site()
         print(f"▸ on this machine: pytest {' '.join(on_host)}", flush=True)
         env = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "LAB_CACHE": str(CACHE)}
+        env.setdefault("LAB_PROSE_CACHE", str(CACHE / "prose"))
         status = subprocess.run(
             [bin_ / "python", "-m", "pytest", "--durations=5", *on_host], cwd=REPO, env=env
         ).returncode

@@ -60,28 +60,33 @@ def key() -> str:
     return digest.hexdigest()[:12]
 
 
-def _extents(path: Path) -> Iterator[bytes]:
-    """Yield the data of a file in pieces, holes left out (lseek(2), SEEK_DATA)."""
+BLOCK = 1 << 20
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yield the blocks of a file that hold something, each behind its offset.
+
+    lseek(2)'s SEEK_DATA only spares the reading of holes: what counts as data may change when the file system writes
+    a file back, so that blocks of zeros are left out here.
+    """
     with path.open("rb", buffering=0) as file:
         size, at = os.fstat(file.fileno()).st_size, 0
         while at < size:
             try:
-                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // BLOCK * BLOCK
             except OSError:
                 return
-            end = os.lseek(file.fileno(), at, os.SEEK_HOLE)
-            os.lseek(file.fileno(), at, os.SEEK_SET)
-            while at < end:
-                piece = file.read(min(1 << 22, end - at))
-                at += len(piece)
-                yield piece
+            block = os.pread(file.fileno(), BLOCK, at)
+            if block.count(0) < len(block):
+                yield at.to_bytes(8, "little") + block
+            at += BLOCK
 
 
 def checksum(path: Path) -> int:
-    """Return the CRC-32 of a file's data: it finds damage, not malice."""
+    """Return the CRC-32 of a file's contents: it finds damage, not malice."""
     crc = 0
-    for piece in _extents(path):
-        crc = zlib.crc32(piece, crc)
+    for block in _blocks(path):
+        crc = zlib.crc32(block, crc)
     return crc
 
 
@@ -140,6 +145,7 @@ def build(place: Path) -> None:
     log = CACHE / "build.log"
     log.write_text("")
     for old in CACHE.glob("vm-*.partial"):
+        Machine(old, old, old / "boot.qcow2").kill()
         run([*as_root(), "rm", "-rf", "--one-file-system", old], log)
     part = place.with_name(place.name + ".partial")
     part.mkdir()

@@ -63,11 +63,14 @@ def free_port() -> int:
 
 
 class Machine:
-    """One QEMU process: `place` holds its run-time files, `image` what it was built from, `disk` its own overlay."""
+    """One QEMU process: `place` holds its run-time files, `image` what it was built from, `disk` its own overlay.
+
+    Its pid stands beside the disk, so that whoever finds the disk of an interrupted job can end it.
+    """
 
     def __init__(self, place: Path, image: Path, disk: Path) -> None:
         self.place, self.image, self.disk = place, image, disk
-        self.config, self.pidfile, self.qmp_path = place / "ssh_config", place / "qemu.pid", place / "qmp"
+        self.config, self.pidfile, self.qmp_path = place / "ssh_config", disk.with_suffix(".pid"), place / "qmp"
 
     def launch(self, forwards: dict[int, int], incoming: str | None = None) -> None:
         """Start QEMU in the background; `forwards` maps ports of 127.0.0.1 to the guest's. LabError when it refuses."""

@@ -59,17 +59,22 @@ def test_a_broken_image_is_built_again_and_a_good_one_is_not(tmp_path, fake_imag
     assert image.broken(place) is None
 
 
-def test_the_checksum_leaves_holes_out_and_reads_all_data(tmp_path):
-    sparse = tmp_path / "sparse"
-    with sparse.open("wb") as file:
-        file.truncate(1 << 30)
-        file.seek(1 << 29)
-        file.write(b"data")
-    before = image.checksum(sparse)
+def test_the_checksum_reads_all_data_and_no_more(tmp_path):
+    """Zeros that a file system stores are the same as a hole: only contents and their places count."""
+    sparse, stored, moved = (tmp_path / name for name in ("sparse", "stored", "moved"))
+    for path, at in ((sparse, 5 << 20), (stored, 5 << 20), (moved, 6 << 20)):
+        with path.open("wb") as file:
+            file.truncate(8 << 20)
+            file.seek(at)
+            file.write(b"data")
+    with stored.open("r+b") as file:
+        file.write(bytes(3 << 20))
+    assert stored.stat().st_blocks > sparse.stat().st_blocks
+    assert image.checksum(stored) == image.checksum(sparse) != image.checksum(moved)
     with sparse.open("r+b") as file:
-        file.seek((1 << 29) + 1)
+        file.seek((5 << 20) + 3)
         file.write(b"A")
-    assert image.checksum(sparse) != before
+    assert image.checksum(stored) != image.checksum(sparse)
 
 
 def test_the_key_follows_every_input(tmp_path, monkeypatch):
@@ -207,11 +212,10 @@ def test_the_provisioner_runs_again_and_changes_nothing(one):
     state = "docker images -q | sort; podman images -q | sort; swapon --show=NAME,SIZE; stat -c %Y /opt/labs/*/.inputs"
     before = guest(one, state).stdout
     guest(one, "mkdir -p /lab")
-    tree = subprocess.Popen(
-        ["tar", "-C", str(image.REPO), "-cf", "-", "vm", "requirements.txt", "constraints.txt"], stdout=subprocess.PIPE
-    )
-    subprocess.run([*one.ssh(), "tar -C /lab -xf -"], stdin=tree.stdout, check=True)
-    assert tree.wait() == 0
+    pack = ["tar", "-C", str(image.REPO), "-cf", "-", "vm", "requirements.txt", "constraints.txt"]
+    with subprocess.Popen(pack, stdout=subprocess.PIPE) as tree:
+        subprocess.run([*one.ssh(), "tar -C /lab -xf -"], stdin=tree.stdout, check=True)
+    assert tree.returncode == 0
     done = guest(one, "LABS_BACKEND=qemu /lab/vm/provision.sh install && /lab/vm/provision.sh start")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "into Docker" not in done.stdout and guest(one, state).stdout == before

@@ -1,0 +1,250 @@
+"""The lab as a whole: what is on the machine now, what changed, and how everything of labs is removed.
+
+Clean-up touches what bears the prefix "labs-", or lies in the directories of labs, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from labs import cgroup, machine, mounts, namespaces, process, syscalls
+from labs.errors import KernelError, LabError, Timeout
+
+ENGINES = ("docker", "podman")
+LISTINGS = {
+    "container": ("ps", "-a", "--no-trunc", "--format", "{{.ID}} {{.Names}}"),
+    "image": ("images", "-a", "--no-trunc", "--format", "{{.ID}} {{.Repository}}:{{.Tag}}"),
+    "network": ("network", "ls", "--format", "{{.Name}}"),
+    "volume": ("volume", "ls", "--format", "{{.Name}}"),
+}
+# What comes and goes by itself: systemd's helpers, logins and ssh connections, Podman's pause process,
+# and whoever waits for the lock under which a lab machine is compared.
+CHURN = ("(udev-worker)", "(sd-", "systemd", "sshd", "agetty", "login", "dbus-daemon", "apt", "catatonit", "flock")
+TMP = "/tmp"  # noqa: S108  only looked at
+CHURN_FILES = ("systemd-private-", ".", "ssh-", "pytest-of-", "tmp.")
+CHURN_MOUNTS = ("/run/user/", "/proc/sys/fs/binfmt_misc", "/run/credentials/")
+
+
+class Leftover(LabError):
+    """Something is on the machine that was not there before, or is missing; ``changes`` lists it."""
+
+    def __init__(self, changes: list[str]) -> None:
+        self.changes = changes
+        super().__init__("the machine is not as it was:\n" + "\n".join(changes))
+
+
+class Snapshot(NamedTuple):
+    """The state of a machine as sets of lines, one set a field."""
+
+    namespaces: frozenset[str]
+    links: frozenset[str]
+    mounts: frozenset[str]
+    cgroups: frozenset[str]
+    processes: frozenset[str]
+    files: frozenset[str]
+    nft: frozenset[str]
+    engines: frozenset[str]
+
+    def diff(self, later: Snapshot) -> list[str]:
+        """What changed from this snapshot to a later one: "+ process sleep 100 (1234)", "- link veth0"."""
+        changes: list[str] = []
+        for before, after in zip(self, later, strict=True):
+            changes += [f"- {line}" for line in sorted(before - after)]
+            changes += [f"+ {line}" for line in sorted(after - before)]
+        return changes
+
+
+def snapshot(full: bool = False) -> Snapshot:
+    """The state now.  full adds what slow commands tell: nft rules, and what Docker and Podman hold."""
+    running = dict(_processes())
+    return Snapshot(
+        frozenset(_namespaces(running)),
+        frozenset(f"link {name}" for name in os.listdir("/sys/class/net")),
+        frozenset(f"mount {m.fstype} {m.target}" for m in mounts.table() if not m.target.startswith(CHURN_MOUNTS)),
+        frozenset(f"cgroup {path}" for path in _cgroups()),
+        frozenset(f"process {name} ({pid})" for pid, name in running.items()),
+        frozenset(f"file {path}" for path in _files()),
+        frozenset(_nft() if full else ()),
+        frozenset(_engines() if full else ()))
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    """Processes of user space that do not come and go by themselves; a zombie by its name alone."""
+    for pid in process.pids():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            arguments = process.cmdline(pid)
+            if not arguments and not _is_zombie(pid):
+                continue  # a kernel thread
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                name = file.read().rstrip("\n")
+            if not name.startswith(CHURN):
+                yield pid, " ".join(arguments) or f"{name} <defunct>"
+
+
+def _is_zombie(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+
+
+def _namespaces(pids: Iterable[int]) -> Iterator[str]:
+    """The namespaces that those processes are in, and those that a mount keeps alive."""
+    for pid in pids:
+        with suppress(OSError):  # it ended, or is a zombie
+            for kind in namespaces.KINDS:
+                yield "namespace " + os.readlink(f"/proc/{pid}/ns/{kind}")
+    for mount in mounts.table():
+        if mount.fstype == "nsfs":
+            yield f"namespace {mount.root}"
+
+
+def _cgroups() -> Iterator[str]:
+    """Groups, without those that systemd makes for services and logins."""
+    for folder, below, _ in os.walk(machine.CGROUP_ROOT):
+        below[:] = [name for name in below if not name.endswith((".service", ".mount", ".socket"))
+                    and name not in ("user.slice", "init.scope")]
+        if folder != machine.CGROUP:
+            yield folder
+
+
+def _files() -> Iterator[str]:
+    """What lies in the directories of labs, and directly in /tmp."""
+    for top in (machine.STATE, machine.DATA):
+        for folder, _, names in os.walk(top):
+            yield from (f"{folder}/{name}" for name in names)
+            if folder not in (top, f"{machine.STATE}/ns"):
+                yield folder
+    yield from (f"{TMP}/{name}" for name in os.listdir(TMP) if not name.startswith(CHURN_FILES))
+
+
+def _lines(*command: str) -> list[str]:
+    """What a command prints, line by line; nothing where it is not installed or cannot answer."""
+    if shutil.which(command[0]) is None:
+        return []
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return answer.stdout.splitlines() if answer.returncode == 0 else []
+
+
+def _nft() -> Iterator[str]:
+    """Every rule, without counters and handles: nft(8), --stateless."""
+    table = chain = ""
+    for line in map(str.strip, _lines("nft", "--stateless", "list", "ruleset")):
+        if line.startswith("table "):
+            table, chain = line.rstrip(" {"), ""
+        elif line.startswith(("chain ", "set ", "map ")):
+            chain = line.rstrip(" {")
+        yield f"nft {table} {chain} {line}"
+
+
+def _engines() -> Iterator[str]:
+    for engine in ENGINES:
+        for what, listing in LISTINGS.items():
+            yield from (f"{engine} {what} {line}" for line in _lines(engine, *listing))
+
+
+@contextmanager
+def unchanged(full: bool = False, timeout: float = 30.0) -> Iterator[Snapshot]:
+    """Raise Leftover unless the machine after the block is as before; timeout: seconds to settle."""
+    before = snapshot(full)
+    yield before
+    try:
+        process.until(lambda: before == snapshot(full), timeout)
+    except Timeout:
+        changes = before.diff(snapshot(full))
+        if changes:
+            raise Leftover(changes) from None
+
+
+def clean(engines: bool = True) -> list[str]:
+    """Remove every trace of labs and say what was removed; may be called at any time, and twice.
+
+    Processes first, then what they held: cgroups, mounts, network namespaces and links, nft tables,
+    files; with engines also the containers, networks and volumes named labs-… of Docker and Podman.
+    """
+    machine.require()
+    done = [*_kill_processes(), *_remove_cgroups(), *_unmount(), *_remove_network(), *_remove_files()]
+    return done + list(_remove_from_engines()) if engines else done
+
+
+def _kill_processes() -> Iterator[str]:
+    """Kill every process in a cgroup of labs, and each whose root or working directory is one of labs."""
+    if os.path.exists(machine.CGROUP):
+        pids = [pid for folder, _, _ in os.walk(machine.CGROUP) for pid in cgroup.Cgroup(folder).procs()]
+        cgroup.Cgroup(machine.CGROUP).kill()
+        yield from (f"process {pid}" for pid in pids)
+    places = (machine.STATE + "/", machine.DATA + "/", *machine.ROOTFS.values())
+    for pid in process.pids():
+        with suppress(OSError):  # it ended
+            pidfd = os.pidfd_open(pid)
+            held = [os.readlink(f"/proc/{pid}/{link}") for link in ("root", "cwd")]
+            if pid != os.getpid() and any(path.startswith(places) for path in held):
+                process.kill(pidfd, signal.SIGKILL)
+                process.readable(pidfd, 10.0)
+                yield f"process {pid}"
+            os.close(pidfd)
+
+
+def _remove_cgroups() -> Iterator[str]:
+    if os.path.exists(machine.CGROUP):
+        yield from (f"cgroup {group.name}" for group in cgroup.Cgroup(machine.CGROUP).children())
+        cgroup.Cgroup(machine.CGROUP).delete()
+
+
+def _unmount() -> Iterator[str]:
+    places = (machine.STATE + "/", machine.DATA + "/", "/run/netns/" + machine.PREFIX)
+    for mount in reversed(mounts.table()):
+        if mount.target.startswith(places):
+            with suppress(KernelError):  # a shared mount's copy goes with the first one
+                syscalls.umount2(mount.target, syscalls.MNT_DETACH)
+            yield f"mount {mount.target}"
+
+
+def _remove_network() -> Iterator[str]:
+    """Links, network namespaces that `ip netns` made, and nft tables with the prefix."""
+    for name in os.listdir("/sys/class/net"):
+        if name.startswith(machine.PREFIX):
+            _lines("ip", "link", "delete", name)
+            yield f"link {name}"
+    if os.path.isdir("/run/netns"):
+        for name in os.listdir("/run/netns"):
+            if name.startswith(machine.PREFIX):
+                os.unlink(f"/run/netns/{name}")
+                yield f"netns {name}"
+    for line in _lines("nft", "list", "tables"):
+        _, family, name = line.split()
+        if name.startswith(machine.PREFIX):
+            _lines("nft", "delete", "table", family, name)
+            yield f"nft {family} {name}"
+
+
+def _remove_files() -> Iterator[str]:
+    """All of STATE, and what bears the prefix in DATA; a container's monitor may be doing the same now."""
+    for top, prefix in ((machine.STATE, ""), (machine.DATA, machine.PREFIX)):
+        for name in os.listdir(top) if os.path.isdir(top) else ():
+            if name.startswith(prefix):
+                with suppress(FileNotFoundError):
+                    _remove(f"{top}/{name}")
+                yield f"file {top}/{name}"
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        machine.remove_tree(path)
+    else:
+        os.unlink(path)
+
+
+def _remove_from_engines() -> Iterator[str]:
+    commands = {"container": ("rm", "--force", "--volumes"), "network": ("network", "rm"), "volume": ("volume", "rm")}
+    for engine in ENGINES:
+        for what, remove in commands.items():
+            for line in _lines(engine, *LISTINGS[what]):
+                name = line.split()[-1]
+                if name.startswith(machine.PREFIX):
+                    _lines(engine, *remove, name)
+                    yield f"{engine} {what} {name}"

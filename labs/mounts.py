@@ -1,0 +1,181 @@
+"""Mounts: the mount table, bind, tmpfs and overlay mounts, and what a container finds mounted.
+
+proc_pid_mountinfo(5), mount(2), mount_namespaces(7); the OCI runtime specification's default
+filesystems, devices, masked and read-only paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from labs import machine, syscalls
+from labs.errors import BadInput
+from labs.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_STRICTATIME
+
+
+class Mount(NamedTuple):
+    """One line of /proc/PID/mountinfo, proc_pid_mountinfo(5)."""
+
+    id: int
+    parent: int
+    dev: str
+    root: str
+    target: str
+    options: str
+    propagation: str
+    fstype: str
+    source: str
+    super_options: str
+
+
+def table(pid: int | str = "self") -> list[Mount]:
+    """The mounts that a process sees, in the kernel's order; a later one may hide an earlier one."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return [_parse(line) for line in file]
+
+
+def _parse(line: str) -> Mount:
+    left, _, right = line.rstrip("\n").partition(" - ")
+    number, parent, dev, root, target, options, *tags = left.split(" ")
+    fstype, source, super_options = right.split(" ")
+    return Mount(int(number), int(parent), dev, _unescape(root), _unescape(target), options,
+                 " ".join(tags) or "private", fstype, _unescape(source), super_options)
+
+
+def _unescape(text: str) -> str:
+    r"""Space, tab, newline and backslash stand as \040, \011, \012 and \134."""
+    for escaped, plain in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(escaped, plain)
+    return text
+
+
+@contextmanager
+def _mounted(target: str) -> Iterator[str]:
+    """Take the mount off target on the way out, even while someone still uses it."""
+    try:
+        yield target
+    finally:
+        syscalls.umount2(target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+
+
+@contextmanager
+def bind(source: str, target: str, readonly: bool = False, recursive: bool = False) -> Iterator[str]:
+    """A private bind mount of source on target.
+
+    Read-only needs a second call: a bind mount ignores every flag but MS_REC (mount(2)).
+    """
+    machine.require()
+    deep = MS_REC if recursive else 0
+    syscalls.mount(source, target, None, MS_BIND | deep)
+    with _mounted(target):
+        syscalls.mount(None, target, None, MS_PRIVATE | deep)
+        if readonly:
+            make_readonly(target, recursive)
+        yield target
+
+
+def make_readonly(target: str, recursive: bool = False) -> None:
+    """Make a mount (not its filesystem) read-only and leave its other options: mount_setattr(2)."""
+    syscalls.mount_setattr(syscalls.AT_FDCWD, target, attr_set=syscalls.MOUNT_ATTR_RDONLY, recursive=recursive)
+
+
+@contextmanager
+def tmpfs(target: str, size: int | str = "16m", mode: int = 0o755) -> Iterator[str]:
+    """A tmpfs of that size (bytes, or with k, m, g) on target: tmpfs(5)."""
+    machine.require()
+    syscalls.mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode={mode:o}")
+    with _mounted(target):
+        syscalls.mount(None, target, None, MS_PRIVATE)
+        yield target
+
+
+@contextmanager
+def overlay(lower: Sequence[str], upper: str | None, work: str | None, target: str) -> Iterator[str]:
+    """An overlay of read-only lower directories (uppermost first) and a writable upper one."""
+    machine.require()
+    syscalls.mount("overlay", target, "overlay", 0, overlay_options(lower, upper, work))
+    with _mounted(target):
+        yield target
+
+
+def overlay_options(lower: Sequence[str], upper: str | None = None, work: str | None = None,
+                    extra: str = "") -> str:
+    """The data of an overlay mount; colons, commas and backslashes in paths are escaped.
+
+    mount(2) takes one page, so many long paths do not fit; the kernel's word is in its
+    Documentation/filesystems/overlayfs.rst.
+    """
+    if isinstance(lower, str) or not lower:
+        raise BadInput("lower", lower, "must be a list of directories")
+    if (upper is None) != (work is None):
+        raise BadInput("work", work, "upper and work must be given together")
+    options = "lowerdir=" + ":".join(map(_escape, lower))
+    if upper is not None and work is not None:
+        options += f",upperdir={_escape(upper)},workdir={_escape(work)}"
+    if len(options := options + extra) >= 4096:
+        raise BadInput("lower", f"{len(lower)} directories", "options must be shorter than a page, 4096 bytes")
+    return options
+
+
+def _escape(path: str) -> str:
+    for special in "\\:,":
+        path = path.replace(special, "\\" + special)
+    return path
+
+
+class ApiMount(NamedTuple):
+    """A filesystem through which the kernel speaks to programs, where a container expects it."""
+
+    target: str
+    fstype: str
+    flags: int
+    data: str | None = None
+
+
+def api_filesystems() -> list[ApiMount]:
+    """What an OCI runtime mounts by default, in this order (config-linux.md, "Default Filesystems")."""
+    usual = MS_NOSUID | MS_NOEXEC | MS_NODEV
+    return [
+        ApiMount("/proc", "proc", usual),
+        ApiMount("/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"),
+        ApiMount("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+        ApiMount("/dev/shm", "tmpfs", usual, "mode=1777,size=65536k"),  # noqa: S108  the container's own
+        ApiMount("/dev/mqueue", "mqueue", usual),
+        ApiMount("/sys", "sysfs", usual | MS_RDONLY),
+        ApiMount("/sys/fs/cgroup", "cgroup2", usual | MS_RDONLY),
+    ]
+
+
+class Device(NamedTuple):
+    """A character device node, readable and writable by all."""
+
+    path: str
+    major: int
+    minor: int
+
+
+DEVICES = [
+    Device("/dev/null", 1, 3),
+    Device("/dev/zero", 1, 5),
+    Device("/dev/full", 1, 7),
+    Device("/dev/random", 1, 8),
+    Device("/dev/urandom", 1, 9),
+    Device("/dev/tty", 5, 0),
+]
+
+DEV_LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+    "/dev/ptmx": "pts/ptmx",
+}
+
+# Docker's defaults, as `docker inspect` prints them under HostConfig.
+MASKED = [
+    "/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+    "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+]
+READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]

@@ -1,0 +1,196 @@
+"""System calls that Python's os module lacks; each wrapper bears its call's name.
+
+A call that fails raises KernelError, an OSError with the call's name and the path it was given.
+Constants have the kernel's names; the header stands above each group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import NamedTuple
+
+from labs.errors import KernelError
+
+# <linux/mount.h>
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x1000, 0x2000, 0x4000
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 0x20000, 0x40000, 0x80000, 0x100000
+MS_RELATIME, MS_STRICTATIME = 0x200000, 0x1000000
+OPEN_TREE_CLONE = 0x1
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MOUNT_ATTR_IDMAP = 0x100000
+# <sys/mount.h>
+MNT_FORCE, MNT_DETACH, MNT_EXPIRE, UMOUNT_NOFOLLOW = 0x1, 0x2, 0x4, 0x8
+# <fcntl.h>
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+# <linux/sched.h>
+CLONE_VM, CLONE_VFORK, CLONE_PIDFD = 0x100, 0x4000, 0x1000
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
+CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x4000000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+CLONE_INTO_CGROUP = 0x200000000
+# <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 15, 23, 24
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
+PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
+# <linux/capability.h>
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+# <linux/bpf.h>
+BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
+BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE = 15, 6
+
+# <asm/unistd_64.h> for x86-64, <asm-generic/unistd.h> for aarch64; from 424 on all machines agree.
+_NUMBERS = {
+    "x86_64": {"pivot_root": 155, "bpf": 321},
+    "aarch64": {"pivot_root": 41, "bpf": 280},
+}
+MACHINE = os.uname().machine
+_COMMON = {"open_tree": 428, "move_mount": 429, "clone3": 435, "mount_setattr": 442}
+
+# PyDLL keeps the interpreter's lock during a call: no other thread runs between a call and its errno.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+
+Path = str | bytes | os.PathLike[str]
+
+
+def _check(result: int, call: str, path: Path | None = None) -> int:
+    """The call's result, or its errno raised with the call's name and the path."""
+    if result == -1:
+        raise KernelError(call, ctypes.get_errno(), None if path is None else os.fsdecode(path))
+    return result
+
+
+def _encode(text: Path | None) -> bytes | None:
+    return None if text is None else os.fsencode(text)
+
+
+def number(call: str) -> int:
+    """The call's number on this machine; ENOSYS where labs does not know it."""
+    if MACHINE not in _NUMBERS:
+        raise KernelError(f"{call} on {MACHINE}", errno.ENOSYS)
+    return _COMMON.get(call) or _NUMBERS[MACHINE][call]
+
+
+def _syscall(call: str, *args: object, path: Path | None = None) -> int:
+    """syscall(2) by name: integers are passed as C longs, the rest as they are."""
+    longs = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    return _check(_libc.syscall(ctypes.c_long(number(call)), *longs), call, path)
+
+
+def mount(source: Path | None, target: Path, fstype: str | None = None, flags: int = 0,
+          data: str | None = None) -> None:
+    """mount(2): attach a filesystem, or change a mount, as the MS_* flags say."""
+    done = _libc.mount(_encode(source), _encode(target), _encode(fstype), flags, _encode(data))
+    _check(done, f"mount {fstype}" if fstype else "mount", target)
+
+
+def umount2(target: Path, flags: int = 0) -> None:
+    """umount2(2): detach a mount; MNT_DETACH lets its users finish."""
+    _check(_libc.umount2(_encode(target), flags), "umount2", target)
+
+
+def pivot_root(new_root: Path, put_old: Path) -> None:
+    """pivot_root(2): make new_root the root mount, and hang the old one at put_old."""
+    _syscall("pivot_root", _encode(new_root), _encode(put_old), path=new_root)
+
+
+def open_tree(path: Path, flags: int = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC, dirfd: int = AT_FDCWD) -> int:
+    """open_tree(2): a file descriptor of the mount at path; with OPEN_TREE_CLONE, of a detached copy."""
+    return _syscall("open_tree", dirfd, _encode(path), flags, path=path)
+
+
+def move_mount(tree: int, target: Path) -> None:
+    """move_mount(2): attach the detached mount that open_tree gave."""
+    _syscall("move_mount", tree, b"", AT_FDCWD, _encode(target), MOVE_MOUNT_F_EMPTY_PATH, path=target)
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr, <linux/mount.h>."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+
+
+def mount_setattr(tree: int, path: Path = "", attr_set: int = 0, attr_clr: int = 0, propagation: int = 0,
+                  userns_fd: int = 0, recursive: bool = False) -> None:
+    """mount_setattr(2) on the open tree (or on path beneath it); recursive: on all mounts under it too."""
+    attr = _MountAttr(attr_set, attr_clr, propagation, userns_fd)
+    flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
+    _syscall("mount_setattr", tree, _encode(path), flags, ctypes.byref(attr), ctypes.sizeof(attr), path=path)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): leave the namespaces that the CLONE_NEW* flags name, for new ones."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, flags: int = 0) -> None:
+    """setns(2): enter the namespace fd stands for; for a pidfd, those of its process that flags name."""
+    _check(_libc.setns(fd, flags), "setns")
+
+
+class _CloneArgs(ctypes.Structure):
+    """struct clone_args, <linux/sched.h>."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in (
+        "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls",
+        "set_tid", "set_tid_size", "cgroup")]
+
+
+def clone3(flags: int = 0, cgroup_fd: int | None = None) -> int:
+    """clone3(2) as a fork: the child's pid in the parent, 0 in the child; SIGCHLD at its end.
+
+    With cgroup_fd the child begins its life in that cgroup (CLONE_INTO_CGROUP).  Only for a process
+    with one thread: other threads are not copied, and the locks they hold stay held in the child.
+    Inside process.call and process.fork that is so.
+    """
+    args = _CloneArgs(flags=flags, exit_signal=17)  # SIGCHLD on both machines
+    if cgroup_fd is not None:
+        args.flags |= CLONE_INTO_CGROUP
+        args.cgroup = cgroup_fd
+    return _syscall("clone3", ctypes.byref(args), ctypes.sizeof(args))
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2): change or ask something about the calling process."""
+    longs = [ctypes.c_ulong(a) for a in (arg2, arg3, arg4, arg5)]
+    return _check(_libc.prctl(option, *longs), "prctl")
+
+
+def sethostname(name: str) -> None:
+    """sethostname(2): the UTS namespace's host name, at most 64 bytes."""
+    encoded = os.fsencode(name)
+    _check(_libc.sethostname(encoded, ctypes.c_size_t(len(encoded))), "sethostname", name)
+
+
+class Capabilities(NamedTuple):
+    """Three sets of a process, each a bit mask: bit N is capability N of <linux/capability.h>."""
+
+    effective: int
+    permitted: int
+    inheritable: int
+
+
+def capget(pid: int = 0) -> Capabilities:
+    """capget(2): the sets of a process, 0 for the calling one."""
+    header = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, pid)
+    data = (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(header, data), "capget")
+    return Capabilities(*(data[i] | data[i + 3] << 32 for i in range(3)))
+
+
+def capset(sets: Capabilities) -> None:
+    """capset(2): give the calling process these sets, within what it may have."""
+    header = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
+    words = [mask & 0xFFFFFFFF for mask in sets] + [mask >> 32 for mask in sets]
+    _check(_libc.capset(header, (ctypes.c_uint32 * 6)(*words)), "capset")
+
+
+def bpf(command: int, attr: bytes) -> int:
+    """bpf(2): attr is the packed union bpf_attr of that command; gives a file descriptor or 0."""
+    return _syscall("bpf", command, ctypes.create_string_buffer(attr, len(attr)), len(attr))

@@ -1,0 +1,145 @@
+"""labs.lab: the snapshot sees what is made by hand, and clean removes all that bears the prefix and no more."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from labs import cgroup, container, lab, machine, mounts, process
+
+
+def command(*argv):
+    subprocess.run(argv, check=True, capture_output=True)
+
+
+def changes_by(before):
+    return before.diff(lab.snapshot())
+
+
+def test_a_quiet_machine_does_not_change():
+    with lab.unchanged() as before:
+        assert any("/sys/fs/cgroup" in line for line in before.mounts)
+    assert f"process {' '.join(process.cmdline(os.getpid()))} ({os.getpid()})" in before.processes
+
+
+def test_a_process_is_seen_with_its_command_line():
+    before = lab.snapshot()
+    with process.spawn(["sleep", "12345"]) as child:
+        assert f"+ process sleep 12345 ({child.pid})" in changes_by(before)
+        assert f"- process sleep 12345 ({child.pid})" in lab.snapshot().diff(before)
+    assert not [line for line in changes_by(before) if "sleep 12345" in line]
+
+
+def test_a_zombie_is_seen():
+    before = lab.snapshot()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    try:
+        process.until(lambda: process.status(pid).state == "Z")
+        assert [line for line in changes_by(before) if line.endswith(f"<defunct> ({pid})")]
+    finally:
+        os.waitpid(pid, 0)
+
+
+def test_namespaces_with_and_without_a_process_are_seen():
+    before = lab.snapshot()
+    with process.spawn(["unshare", "--uts", "sleep", "1000"]) as child:
+        process.until(lambda: process.status(child.pid).name == "sleep")
+        link = os.readlink(f"/proc/{child.pid}/ns/uts")
+        assert f"+ namespace {link}" in changes_by(before)
+        held = Path("/run/labs-test-ns")
+        held.touch()
+        command("mount", "--bind", f"/proc/{child.pid}/ns/uts", str(held))
+        child.stop()
+        try:
+            assert f"+ namespace {link}" in changes_by(before)
+        finally:
+            command("umount", str(held))
+            held.unlink()
+    assert f"+ namespace {link}" not in changes_by(before)
+
+
+def test_mounts_links_cgroups_and_files_are_seen(tmp_path):
+    before = lab.snapshot()
+    os.makedirs(f"{machine.STATE}/deep", exist_ok=True)
+    Path(machine.STATE, "deep/file").touch()
+    command("ip", "link", "add", "labs-test", "type", "bridge")
+    with mounts.tmpfs(str(tmp_path)), cgroup.create("labs-g-seen"):
+        found = changes_by(before)
+    assert f"+ mount tmpfs {tmp_path}" in found
+    assert "+ cgroup /sys/fs/cgroup/labs/labs-g-seen" in found
+    assert "+ link labs-test" in found
+    assert f"+ file {machine.STATE}/deep/file" in found
+    lab.clean(engines=False)
+    assert not [line for line in changes_by(before) if "labs" in line and "namespace" not in line]
+
+
+def test_unchanged_raises_with_the_list_of_changes(tmp_path):
+    with pytest.raises(lab.Leftover, match="not as it was") as caught, lab.unchanged(timeout=0.2):
+        command("mount", "-t", "tmpfs", "tmpfs", str(tmp_path))
+    command("umount", str(tmp_path))
+    assert f"+ mount tmpfs {tmp_path}" in caught.value.changes
+
+
+def test_unchanged_waits_for_what_is_on_its_way_out():
+    with lab.unchanged(timeout=30):
+        command("sh", "-c", "sleep 0.5 > /dev/null 2>&1 &")
+
+
+def test_nft_rules_are_in_the_full_snapshot_without_their_counters():
+    before = lab.snapshot(full=True)
+    command("nft", "add table inet labs-test; add chain inet labs-test c; add rule inet labs-test c counter accept")
+    found = [line for line in before.diff(lab.snapshot(full=True)) if "nft" in line]
+    assert "+ nft table inet labs-test chain c counter accept" in found
+    lab.clean(engines=False)
+    assert not [line for line in before.diff(lab.snapshot(full=True)) if "nft" in line]
+
+
+def test_clean_removes_every_trace_and_may_be_called_twice(tmp_path):
+    before = lab.snapshot()
+    with process.spawn(["sleep", "1000"]) as grouped, \
+            process.spawn(["chroot", machine.ROOTFS["busybox"], "sleep", "1000"]) as rooted:
+        process.until(lambda: process.status(rooted.pid).name == "sleep")
+        group = cgroup.create("labs-g-left")
+        cgroup.create("below", group).add(grouped.pid)
+        folder = Path(machine.DATA, "labs-c-left/upper/deep")
+        folder.mkdir(parents=True)
+        (folder / "link").symlink_to("/etc")
+        Path(machine.STATE, "ns").mkdir(parents=True, exist_ok=True)
+        held = Path(machine.STATE, "ns/held")
+        held.touch()
+        command("mount", "--bind", "/proc/self/ns/uts", str(held))
+        kept = Path("/run/netns/kept")
+        command("ip", "netns", "add", "labs-left")
+        kept.touch()
+        command("ip", "link", "add", "labs-left", "type", "bridge")
+        done = lab.clean(engines=False)
+        assert grouped.wait(20).signal == rooted.wait(20).signal == 9
+    assert {"cgroup labs-g-left", "link labs-left", "netns labs-left", f"mount {held}"} <= set(done)
+    assert lab.clean(engines=False) == []
+    assert kept.exists()
+    kept.unlink()
+    assert os.path.exists("/etc/passwd")
+    if "mount tmpfs /run/netns" not in before.mounts:
+        command("umount", "/run/netns")
+    assert [line for line in changes_by(before) if "labs" in line or "netns" in line] == []
+
+
+def test_clean_while_a_container_runs_ends_it():
+    with container.Container(["sleep", "1000"]) as box:
+        assert f"process {box.pid}" in lab.clean(engines=False)
+        assert process.readable(box.pidfd, 30)
+    assert not os.path.exists(box.cgroup.path)
+    assert not os.path.exists(box.upper)
+
+
+def test_clean_keeps_other_data():
+    kept = Path(machine.DATA, "store")
+    kept.mkdir(parents=True)
+    try:
+        lab.clean(engines=False)
+        assert kept.is_dir()
+    finally:
+        kept.rmdir()

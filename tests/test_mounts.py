@@ -1,0 +1,142 @@
+"""labs.mounts against findmnt(8) and the filesystem itself."""
+
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+
+from labs import mounts
+from labs.errors import BadInput, KernelError
+
+
+def findmnt(*arguments):
+    shown = subprocess.run(["findmnt", "-J", *arguments], capture_output=True, text=True, check=True).stdout
+    return json.loads(shown)["filesystems"]
+
+
+def test_table_agrees_with_findmnt():
+    listed = findmnt("--list", "-o", "ID,PARENT,TARGET,FSTYPE,MAJ:MIN,PROPAGATION")
+    assert [m.id for m in mounts.table()] == [row["id"] for row in listed]
+    by_id = {m.id: m for m in mounts.table()}
+    for row in listed:
+        mount = by_id[row["id"]]
+        assert (mount.parent, mount.target, mount.fstype) == (row["parent"], row["target"], row["fstype"])
+        assert mount.dev == row["maj:min"]
+        assert ("shared:" in mount.propagation) == ("shared" in row["propagation"])
+
+
+def test_table_undoes_the_escapes(tmp_path):
+    odd = tmp_path / "a space\tand\\040"
+    odd.mkdir()
+    with mounts.tmpfs(str(odd)):
+        assert str(odd) in [m.target for m in mounts.table()]
+    assert str(odd) not in [m.target for m in mounts.table()]
+
+
+def test_bind_shows_the_source_until_the_end(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "file").write_text("seen")
+    with mounts.bind(str(source), str(target)):
+        assert (target / "file").read_text() == "seen"
+        assert findmnt("-o", "PROPAGATION", str(target))[0]["propagation"] == "private"
+        (target / "new").write_text("written")
+    assert os.listdir(target) == []
+    assert (source / "new").read_text() == "written"
+
+
+def test_a_read_only_bind_refuses_writes_and_keeps_other_options(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    with mounts.tmpfs(str(source)), mounts.bind(str(source), str(target), readonly=True):
+        with pytest.raises(OSError, match="Read-only") as caught:
+            (target / "new").write_text("x")
+        assert caught.value.errno == errno.EROFS
+        options = findmnt("-o", "VFS-OPTIONS", str(target))[0]["vfs-options"].split(",")
+        assert {"ro", "nosuid", "nodev"} <= set(options)
+        (source / "new").write_text("the source is writable")
+
+
+def test_recursive_binds_carry_what_is_mounted_below(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "below").mkdir(parents=True)
+    target.mkdir()
+    with mounts.tmpfs(str(source / "below")):
+        (source / "below" / "file").write_text("x")
+        with mounts.bind(str(source), str(target)):
+            assert os.listdir(target / "below") == []
+        with mounts.bind(str(source), str(target), recursive=True, readonly=True):
+            assert os.listdir(target / "below") == ["file"]
+            with pytest.raises(OSError, match="Read-only"):
+                (target / "below" / "new").write_text("x")
+
+
+def test_everything_is_undone_when_the_block_fails_or_the_mount_is_busy(tmp_path):
+    before = mounts.table()
+    with pytest.raises(ZeroDivisionError), mounts.tmpfs(str(tmp_path)), open(tmp_path / "held", "w"):
+        raise ZeroDivisionError
+    assert mounts.table() == before
+
+
+def test_tmpfs_has_its_size(tmp_path):
+    with mounts.tmpfs(str(tmp_path), size="64k", mode=0o700):
+        assert (tmp_path / "fits").write_bytes(bytes(32768)) == 32768
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "big").write_bytes(bytes(65536))
+        assert os.stat(tmp_path).st_mode & 0o777 == 0o700
+
+
+def test_overlay_with_awkward_names(tmp_path):
+    names = ["lower:one", "lower,two", "lower\\three", "upper:,\\", "work:,\\"]
+    one, two, three, upper, work = (tmp_path / name for name in names)
+    for folder in (one, two, three, upper, work, tmp_path / "merged"):
+        folder.mkdir()
+    for folder, text in ((three, "lowest"), (two, "middle"), (one, "top")):
+        (folder / "same").write_text(text)
+        (folder / text).write_text("")
+    merged = tmp_path / "merged"
+    with mounts.tmpfs(str(tmp_path / "lower,two")), mounts.overlay([str(one), str(three)], None, None, str(merged)):
+        assert sorted(os.listdir(merged)) == ["lowest", "same", "top"]
+    with mounts.overlay([str(one), str(two), str(three)], str(upper), str(work), str(merged)):
+        assert sorted(os.listdir(merged)) == ["lowest", "middle", "same", "top"]
+        assert (merged / "same").read_text() == "top"
+        (merged / "same").write_text("changed")
+    assert (upper / "same").read_text() == "changed"
+    assert (one / "same").read_text() == "top"
+
+
+@pytest.mark.parametrize(("lower", "upper", "work", "field"), [
+    ([], None, None, "lower"), ("/a", None, None, "lower"), (["/a"], "/u", None, "work"), (["/a"], None, "/w", "work"),
+    ([f"/a/{i:0100}" for i in range(50)], None, None, "lower")])
+def test_overlay_options_refuse(lower, upper, work, field):
+    with pytest.raises(BadInput, match=f"^{field}: ") as caught:
+        mounts.overlay_options(lower, upper, work)
+    assert caught.value.field == field
+
+
+def test_a_refused_mount_leaves_nothing(tmp_path):
+    before = mounts.table()
+    with pytest.raises(KernelError, match="mount: No such file"), mounts.bind(str(tmp_path / "nothing"), str(tmp_path)):
+        pass
+    with pytest.raises(KernelError, match="mount overlay: "), \
+            mounts.overlay([str(tmp_path / "nothing")], None, None, str(tmp_path)):
+        pass
+    assert mounts.table() == before
+
+
+def test_api_filesystems_devices_and_paths_are_those_of_runcs_spec(tmp_path):
+    subprocess.run(["runc", "spec"], cwd=tmp_path, check=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = [(m["destination"], m["type"].replace("cgroup", "cgroup2")) for m in config["mounts"]]
+    assert sorted((m.target, m.fstype) for m in mounts.api_filesystems()) == sorted(expected)
+    assert set(config["linux"]["readonlyPaths"]) == set(mounts.READONLY)
+    assert set(config["linux"]["maskedPaths"]) <= {*mounts.MASKED, "/sys/devices/virtual/powercap"}
+
+
+def test_the_devices_are_the_hosts():
+    for path, major, minor in mounts.DEVICES:
+        assert os.stat(path).st_rdev == os.makedev(major, minor)
