@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ LISTINGS = {
 CHURN = ("(udev-worker)", "(sd-", "systemd", "sshd", "agetty", "login", "dbus-daemon", "apt", "catatonit", "flock")
 TMP = "/tmp"  # noqa: S108  only looked at
 CHURN_FILES = ("systemd-private-", ".", "ssh-", "pytest-of-", "tmp.")
+# Podman binds its store onto itself while it runs, and lets it go at a time of its own.
+PODMAN_STORE = "/var/lib/containers/storage/overlay"
 CHURN_MOUNTS = ("/run/user/", "/proc/sys/fs/binfmt_misc", "/run/credentials/")
 
 
@@ -66,7 +68,8 @@ def snapshot(full: bool = False) -> Snapshot:
     return Snapshot(
         frozenset(_namespaces(running)),
         frozenset(f"link {name}" for name in os.listdir("/sys/class/net")),
-        frozenset(f"mount {m.fstype} {m.target}" for m in mounts.table() if not m.target.startswith(CHURN_MOUNTS)),
+        frozenset(f"mount {m.fstype} {m.target}" for m in mounts.table()
+                  if not m.target.startswith(CHURN_MOUNTS) and m.target != PODMAN_STORE),
         frozenset(f"cgroup {path}" for path in _cgroups()),
         frozenset(f"process {name} ({pid})" for pid, name in running.items()),
         frozenset(f"file {path}" for path in _files()),
@@ -74,22 +77,45 @@ def snapshot(full: bool = False) -> Snapshot:
         frozenset(_engines() if full else ()))
 
 
+class _Stat(NamedTuple):
+    name: str
+    state: str
+    parent: int
+
+
 def _processes() -> Iterator[tuple[int, str]]:
-    """Processes of user space that do not come and go by themselves; a zombie by its name alone."""
-    for pid in process.pids():
+    """Processes of user space that do not come and go by themselves, nor belong to another login."""
+    table = dict(_stats())
+    own = set(_ancestors(os.getpid(), table))
+    for pid, stat in table.items():
+        if stat.name.startswith(CHURN) or any(_is_login(p, table) and p not in own for p in _ancestors(pid, table)):
+            continue
         with suppress(FileNotFoundError, ProcessLookupError):
             arguments = process.cmdline(pid)
-            if not arguments and not _is_zombie(pid):
-                continue  # a kernel thread
-            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                name = file.read().rstrip("\n")
-            if not name.startswith(CHURN):
-                yield pid, " ".join(arguments) or f"{name} <defunct>"
+            if arguments or stat.state == "Z":  # else a kernel thread
+                yield pid, " ".join(arguments) or f"{stat.name} <defunct>"
 
 
-def _is_zombie(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        return file.read().rpartition(")")[2].split()[0] == "Z"
+def _stats() -> Iterator[tuple[int, _Stat]]:
+    """Name, state and parent of every process: proc_pid_stat(5)."""
+    for pid in process.pids():
+        with suppress(OSError):  # it ended
+            left, _, right = machine.read_file(f"/proc/{pid}/stat").rpartition(")")
+            state, parent = right.split()[:2]
+            yield pid, _Stat(left.partition("(")[2], state, int(parent))
+
+
+def _ancestors(pid: int, table: Mapping[int, _Stat]) -> Iterator[int]:
+    """The process itself, its parent, and so on."""
+    while pid in table:
+        yield pid
+        pid = table[pid].parent
+
+
+def _is_login(pid: int, table: Mapping[int, _Stat]) -> bool:
+    """What a connection of ssh started: its parent is an sshd."""
+    parent = table.get(table[pid].parent)
+    return parent is not None and parent.name.startswith("sshd")
 
 
 def _namespaces(pids: Iterable[int]) -> Iterator[str]:

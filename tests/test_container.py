@@ -373,13 +373,14 @@ def wait_until_gone():
 
 
 def start_in_a_python_of_its_own(script):
-    """A caller that can be killed; it prints the pid of process 1, then sleeps."""
+    """A caller that can be killed, and the pid of its container's process 1."""
     code = f"""
 import sys, time
 from labs import container
 with container.Container(["sh", "-c", {script!r}]) as box:
     print(box.pid, flush=True)
-    time.sleep(1000)
+    while True:
+        time.sleep(0.1)  # short, because a signal that comes just before a sleep does not end it
 """
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert caller.stdout

@@ -9,8 +9,6 @@ import pytest
 from labs import machine, microvm, process
 from labs.errors import BadInput, ChildFailed, CommandNotFound, Timeout
 
-lab = pytest.mark.skipif(not os.path.exists(machine.MARKER) or os.geteuid() != 0, reason="needs a lab machine")
-
 
 @pytest.fixture(scope="module")
 def vm() -> Iterator[microvm.MicroVM]:
@@ -31,7 +29,6 @@ def test_no_board_for_an_unknown_architecture() -> None:
         microvm.qemu_command(128 << 20, "/initramfs", "riscv64")
 
 
-@lab
 @pytest.mark.slow
 def test_the_guest_runs_a_kernel_of_its_own(vm: microvm.MicroVM) -> None:
     boot_id = "/proc/sys/kernel/random/boot_id"
@@ -40,7 +37,6 @@ def test_the_guest_runs_a_kernel_of_its_own(vm: microvm.MicroVM) -> None:
     assert vm.boot_seconds > 0
 
 
-@lab
 @pytest.mark.slow
 def test_an_answer_is_that_of_one_command(vm: microvm.MicroVM) -> None:
     assert vm.run("echo one; echo two >&2; exit 3") == "one\ntwo\n"
@@ -49,13 +45,11 @@ def test_an_answer_is_that_of_one_command(vm: microvm.MicroVM) -> None:
     assert len(vm.run("head -c 200000 /dev/zero | tr '\\0' x")) == 200_000
 
 
-@lab
 @pytest.mark.slow
 def test_the_guest_has_the_containers_files(vm: microvm.MicroVM) -> None:
     assert set(vm.run("ls /bin").split()) == set(os.listdir(f"{machine.ROOTFS['busybox']}/bin"))
 
 
-@lab
 @pytest.mark.slow
 def test_the_guests_memory_is_counted_in_its_cgroup(vm: microvm.MicroVM) -> None:
     assert vm.cgroup.procs() == [vm.pid]
@@ -63,14 +57,12 @@ def test_the_guests_memory_is_counted_in_its_cgroup(vm: microvm.MicroVM) -> None
     assert (16 << 20) < int(vm.cgroup.read("memory.current")) < (1 << 30)
 
 
-@lab
 @pytest.mark.slow
 def test_one_line_at_a_time(vm: microvm.MicroVM) -> None:
     with pytest.raises(BadInput, match="one line"):
         vm.run("echo a\necho b")
 
 
-@lab
 @pytest.mark.slow
 def test_a_panic_of_the_guest_ends_qemu_alone(vm: microvm.MicroVM) -> None:
     with pytest.raises(Timeout):
@@ -80,7 +72,6 @@ def test_a_panic_of_the_guest_ends_qemu_alone(vm: microvm.MicroVM) -> None:
     assert vm.wait(60).code == 0
 
 
-@lab
 def test_without_qemu_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     board = microvm.BOARDS[os.uname().machine]._replace(qemu="qemu-that-is-not-there")
     monkeypatch.setitem(microvm.BOARDS, os.uname().machine, board)

@@ -66,8 +66,10 @@ def test_call_in_sees_what_nsenter_sees(stranger):
     subprocess.run(["nsenter", "-t", str(stranger), "--uts", "hostname", "stranger"], check=True)
     assert namespaces.call_in(stranger, ["uts"], socket.gethostname) == "stranger"
     assert socket.gethostname() != "stranger"
-    links = namespaces.call_in(stranger, ["net"], os.listdir, "/sys/class/net")
-    assert links == sorted(links)
+    links = [name for _, name in namespaces.call_in(stranger, ["net"], socket.if_nameindex)]
+    enter = ["nsenter", "-t", str(stranger), "--net", "ip", "-br", "link"]
+    shown = subprocess.run(enter, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert links == [line.split()[0].split("@")[0] for line in shown]
     assert namespaces.of() == before
 
 

@@ -8,8 +8,10 @@ document.addEventListener("DOMContentLoaded", () => {
   name("button.secondary-toggle, button.sbt-secondary-toggle", "目次を開閉する");
   name("button.toggle-button", "解答を開閉する");
 
-  // Whoever has no pointer must be able to scroll a wide picture.
-  document.querySelectorAll(".labs-figure").forEach((figure) => figure.setAttribute("tabindex", "0"));
+  // Whoever has no pointer must be able to scroll a wide picture or table.
+  document
+    .querySelectorAll(".labs-figure, .pst-scrollable-table-container")
+    .forEach((wide) => wide.setAttribute("tabindex", "0"));
   // Sphinx has no Japanese for the first of these, and a long one about categories for the second.
   if (document.documentElement.lang === "ja" && typeof Documentation !== "undefined") {
     Object.assign(Documentation.TRANSLATIONS, {
