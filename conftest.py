@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let kernels and children find labs, and give nbval the book's settings."""
     root = config.rootpath
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    os.environ.pop("SSH_CLIENT", None)  # a bash below sshd reads ~/.bashrc, and a lab's other users may not
     if getattr(config.option, "nbval", False):
         config.option.nbval_current_env = True
         config.option.nbval_cell_timeout = min(config.option.nbval_cell_timeout, 600)

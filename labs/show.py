@@ -134,7 +134,7 @@ def mount_tree(
     Args:
         pid: whose mount namespace.
         under: only the mounts at or below this path.
-        only: only the mounts at these paths, where given; with a mount goes all that is mounted on it.
+        only: only the mounts at exactly these paths, where given; list those in between too.
         propagation: add shared, slave or private; peers of one group bear the same letter.
     """
     rows = [row for row in mounts.table(pid) if not only or row.target in only]

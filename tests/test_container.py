@@ -368,28 +368,25 @@ def test_other_cgroup_versions_are_refused_by_name(monkeypatch, tmp_path, files,
 # Nothing is left
 
 
-def wait_until_gone():
-    process.until(lambda: left_behind() == [], 60, "the end of every container")
-
-
 def start_in_a_python_of_its_own(script):
-    """A caller that can be killed, and the pid of its container's process 1."""
+    """A caller that can be killed, and the pid and the name of its container."""
     code = f"""
 import sys, time
 from labs import container
 with container.Container(["sh", "-c", {script!r}]) as box:
-    print(box.pid, flush=True)
+    print(box.pid, box.id, flush=True)
     while True:
         time.sleep(0.1)  # short, because a signal that comes just before a sleep does not end it
 """
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert caller.stdout
-    return caller, int(caller.stdout.readline())
+    pid, name = caller.stdout.readline().split()
+    return caller, int(pid), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_when_the_caller_is_killed(number):
-    caller, first = start_in_a_python_of_its_own("sleep 1000 & sleep 1000 & (setsid sleep 1000 &); exec sleep 1000")
+    caller, first, name = start_in_a_python_of_its_own("sleep 1000 & sleep 1000 & (setsid sleep 1000 &); exec sleep 1000")
     with caller:
         pidfd = os.pidfd_open(first)
         box = cgroup.of(first)
@@ -398,7 +395,7 @@ def test_nothing_is_left_when_the_caller_is_killed(number):
         caller.wait(30)
         assert process.readable(pidfd, 30)
         os.close(pidfd)
-    wait_until_gone()
+    process.until(lambda: name not in left_behind(), 60, "the end of the container")
 
 
 def test_nothing_is_left_when_the_monitor_is_killed_but_what_clean_removes():

@@ -139,6 +139,10 @@ def test_mount_tree_of_a_private_namespace(tmp_path):
     assert lines[2].endswith("(tmpfs (read-only), private)")
 
 
+def test_mount_tree_of_named_places_only():
+    assert show.mount_tree(only=["/", "/proc"]).alt.splitlines()[2:] == ["└─ /proc (proc)"]
+
+
 def test_mount_tree_of_a_place_without_mounts_is_refused():
     with pytest.raises(show.BadInput, match="under"):
         show.mount_tree(under="/nowhere")
