@@ -386,7 +386,8 @@ with container.Container(["sh", "-c", {script!r}]) as box:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_when_the_caller_is_killed(number):
-    caller, first, name = start_in_a_python_of_its_own("sleep 1000 & sleep 1000 & (setsid sleep 1000 &); exec sleep 1000")
+    script = "sleep 1000 & sleep 1000 & (setsid sleep 1000 &); exec sleep 1000"
+    caller, first, name = start_in_a_python_of_its_own(script)
     with caller:
         pidfd = os.pidfd_open(first)
         box = cgroup.of(first)

@@ -344,7 +344,8 @@ def clean(args: Sequence[str]) -> int:
         if guest is None:
             print("  no lab runs; every start is a clean machine")
             return 0
-        return guest.call(f"cd {GUEST_REPO} && {GUEST_PYTHON} -m labs.lab clean")
+        program = "from labs import lab; print(*lab.clean() or ['nothing was left'], sep='\\n')"
+        return guest.call(f"{GUEST_PYTHON} -c {shlex.quote(program)}")
     down([])
     for place in RUN.glob("*/vm.json"):
         labvm.stop(place.parent.name)
