@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
 
 from labs import syscalls
 from labs.errors import BadInput
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MKNOD, READ, WRITE = 1, 2, 4
 TYPES = {"b": 1, "c": 2}
@@ -25,17 +26,15 @@ DEFAULT = ("c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 r
            "c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm")
 
 # Opcodes: class | operation | source, as in <linux/bpf_common.h> and <linux/bpf.h>.
-LOAD, MOVE, MOVE_REG, AND, SHIFT_RIGHT, JUMP_NE, EXIT = 0x61, 0xB7, 0xBF, 0x57, 0x77, 0x55, 0x95
+LOAD, MOVE, MOVE_REG, AND, SHIFT_RIGHT, JUMP_NE, JUMP_EQ, EXIT = 0x61, 0xB7, 0xBF, 0x57, 0x77, 0x55, 0x15, 0x95
 R0, R1, TYPE, ACCESS, MAJOR, MINOR, REST = range(7)
 
 
-class Rule(NamedTuple):
-    """Devices of a type (1 block, 2 character) that may be used in the ways of access; None is any number."""
+class Rule:
+    """Devices of a type (1 block, 2 character) that may or may not be used in the ways of access; None is any."""
 
-    type: int
-    major: int | None
-    minor: int | None
-    access: int
+    def __init__(self, type: int | None, major: int | None, minor: int | None, access: int, allow: bool = True) -> None:
+        self.type, self.major, self.minor, self.access, self.allow = type, major, minor, access, allow
 
 
 def parse(text: str) -> Rule:
@@ -55,31 +54,43 @@ def _instruction(code: int, to: int = 0, source: int = 0, offset: int = 0, value
 
 
 def _test(rule: Rule) -> bytes:
-    """Return 1 when every test holds; each failing test jumps behind the rule, to the next one."""
-    tests = [(TYPE, rule.type)]
-    tests += [(r, n) for r, n in ((MAJOR, rule.major), (MINOR, rule.minor)) if n is not None]
+    """Answer when every test holds; each failing test jumps behind the rule, to the next one.
+
+    Allowed is what asks for nothing beyond access; refused is what asks for any of it.
+    """
+    pairs = ((TYPE, rule.type), (MAJOR, rule.major), (MINOR, rule.minor))
+    tests = [(register, number) for register, number in pairs if number is not None]
     size = len(tests) + 5
     code = [_instruction(JUMP_NE, r, value=n, offset=size - 1 - at) for at, (r, n) in enumerate(tests)]
     code += [_instruction(MOVE_REG, REST, ACCESS),
-             _instruction(AND, REST, value=~rule.access),
-             _instruction(JUMP_NE, REST, offset=2),
-             _instruction(MOVE, R0, value=1),
+             _instruction(AND, REST, value=~rule.access if rule.allow else rule.access),
+             _instruction(JUMP_NE if rule.allow else JUMP_EQ, REST, offset=2),
+             _instruction(MOVE, R0, value=int(rule.allow)),
              _instruction(EXIT)]
     return b"".join(code)
 
 
-def assemble(rules: Sequence[str]) -> bytes:
+def assemble(rules: Sequence[Rule | str]) -> bytes:
     """The program: load the question (struct bpf_cgroup_dev_ctx), try the rules in turn, else refuse."""
     prologue = [_instruction(LOAD, TYPE, R1, offset=0), _instruction(MOVE_REG, ACCESS, TYPE),
                 _instruction(AND, TYPE, value=0xFFFF), _instruction(SHIFT_RIGHT, ACCESS, value=16),
                 _instruction(LOAD, MAJOR, R1, offset=4), _instruction(LOAD, MINOR, R1, offset=8)]
     refuse = [_instruction(MOVE, R0, value=0), _instruction(EXIT)]
-    return b"".join(prologue + [_test(parse(rule)) for rule in rules] + refuse)
+    return b"".join(prologue + [_test(parse(rule) if isinstance(rule, str) else rule) for rule in rules] + refuse)
 
 
-@cache
+_loaded: dict[tuple[str, ...], int] = {}
+
+
 def load(rules: tuple[str, ...] = DEFAULT) -> int:
-    """A file descriptor of the program, verified by the kernel; the same rules are loaded once a process."""
+    """A file descriptor of the program for rules as text; the same rules are loaded once a process."""
+    if rules not in _loaded:
+        _loaded[rules] = load_rules(rules)
+    return _loaded[rules]
+
+
+def load_rules(rules: Sequence[Rule | str]) -> int:
+    """A file descriptor of the program, verified by the kernel; the first rule that decides counts."""
     code, licence = ctypes.create_string_buffer(assemble(rules)), ctypes.create_string_buffer(b"GPL")
     attr = struct.pack("=IIQQIIQII16s", syscalls.BPF_PROG_TYPE_CGROUP_DEVICE, (len(code) - 1) // 8,
                        ctypes.addressof(code), ctypes.addressof(licence), 0, 0, 0, 0, 0, b"labs_devices")

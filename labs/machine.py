@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 from labs.errors import BadInput, KernelError, NotALab
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MARKER = "/etc/labs-machine"
 STATE = "/run/labs"
@@ -83,19 +86,26 @@ def remove_tree(path: str) -> None:
     for folder in doomed:
         for entry in _entries(folder):
             if not entry.is_dir(follow_symlinks=False):
-                with suppress(FileNotFoundError):
-                    os.unlink(entry.path)
+                _gone(os.unlink, entry.path)
                 continue
             doomed.append(entry.path)
             if len(entry.path) > LONG_PATH:
                 doomed[-1] = f"{path}.{len(doomed)}"
                 os.rename(entry.path, doomed[-1])
     for folder in reversed(doomed):
-        with suppress(FileNotFoundError):
-            os.rmdir(folder)
+        _gone(os.rmdir, folder)
+
+
+def _gone(remove: Callable[[str], object], path: str) -> None:
+    try:
+        remove(path)
+    except FileNotFoundError:
+        pass  # contextlib.suppress would cost the OCI runtime an import
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        return list(entries)
-    return []
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import NamedTuple
 
 from labs.errors import KernelError
 
@@ -19,37 +18,49 @@ MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x1000, 0x2000, 0x4000
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 0x20000, 0x40000, 0x80000, 0x100000
 MS_RELATIME, MS_STRICTATIME = 0x200000, 0x1000000
 OPEN_TREE_CLONE = 0x1
-MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
+FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 0x1
+FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
-MOUNT_ATTR_IDMAP = 0x100000
+MOUNT_ATTR__ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_STRICTATIME = 0x70, 0x10, 0x20
+MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_IDMAP, MOUNT_ATTR_NOSYMFOLLOW = 0x80, 0x100000, 0x200000
+# <linux/openat2.h>
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x2, 0x4, 0x8, 0x10
 # <sys/mount.h>
 MNT_FORCE, MNT_DETACH, MNT_EXPIRE, UMOUNT_NOFOLLOW = 0x1, 0x2, 0x4, 0x8
 # <fcntl.h>
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 # <linux/sched.h>
-CLONE_VM, CLONE_VFORK, CLONE_PIDFD = 0x100, 0x4000, 0x1000
+CLONE_VM, CLONE_VFORK, CLONE_PIDFD, CLONE_PARENT = 0x100, 0x4000, 0x1000, 0x8000
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x20000, 0x2000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x4000000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 CLONE_INTO_CGROUP = 0x200000000
 # <linux/prctl.h>
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 15, 23, 24
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS = 1, 4, 8
+PR_SET_NAME, PR_CAPBSET_READ, PR_CAPBSET_DROP = 15, 23, 24
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 # <linux/capability.h>
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
+# <linux/seccomp.h>
+SECCOMP_SET_MODE_FILTER = 1
+# <linux/keyctl.h>
+KEYCTL_JOIN_SESSION_KEYRING = 1
 # <linux/bpf.h>
 BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
 BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE = 15, 6
 
 # <asm/unistd_64.h> for x86-64, <asm-generic/unistd.h> for aarch64; from 424 on all machines agree.
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "bpf": 321},
-    "aarch64": {"pivot_root": 41, "bpf": 280},
+    "x86_64": {"pivot_root": 155, "bpf": 321, "seccomp": 317, "keyctl": 250, "ioprio_set": 251, "sched_setattr": 314},
+    "aarch64": {"pivot_root": 41, "bpf": 280, "seccomp": 277, "keyctl": 219, "ioprio_set": 30, "sched_setattr": 274},
 }
 MACHINE = os.uname().machine
-_COMMON = {"open_tree": 428, "move_mount": 429, "clone3": 435, "mount_setattr": 442}
+_COMMON = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
+           "openat2": 437, "mount_setattr": 442}
 
 # PyDLL keeps the interpreter's lock during a call: no other thread runs between a call and its errno.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -105,9 +116,31 @@ def open_tree(path: Path, flags: int = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC, dirf
     return _syscall("open_tree", dirfd, _encode(path), flags, path=path)
 
 
-def move_mount(tree: int, target: Path) -> None:
-    """move_mount(2): attach the detached mount that open_tree gave."""
-    _syscall("move_mount", tree, b"", AT_FDCWD, _encode(target), MOVE_MOUNT_F_EMPTY_PATH, path=target)
+def move_mount(tree: int, target: Path = "", target_fd: int = AT_FDCWD) -> None:
+    """move_mount(2): attach the detached mount that open_tree or fsmount gave, at a path or on an open target."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if target else MOVE_MOUNT_T_EMPTY_PATH)
+    _syscall("move_mount", tree, b"", target_fd, _encode(target), flags, path=target or None)
+
+
+def fsopen(fstype: str) -> int:
+    """fsopen(2): begin a new filesystem of that type; fsconfig gives its options."""
+    return _syscall("fsopen", _encode(fstype), FSOPEN_CLOEXEC, path=fstype)
+
+
+def fsconfig(context: int, command: int, key: str | None = None, value: str | None = None) -> None:
+    """fsconfig(2): one option of a filesystem, or the command that makes it."""
+    _syscall("fsconfig", context, command, _encode(key), _encode(value), 0, path=key)
+
+
+def fsmount(context: int, attributes: int = 0) -> int:
+    """fsmount(2): a detached mount of what fsconfig made, with the MOUNT_ATTR_* given."""
+    return _syscall("fsmount", context, FSMOUNT_CLOEXEC, attributes)
+
+
+def openat2(dirfd: int, path: Path, flags: int, resolve: int, mode: int = 0) -> int:
+    """openat2(2): open a path with limits on how it is resolved, RESOLVE_*."""
+    how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, mode, resolve)
+    return _syscall("openat2", dirfd, _encode(path), ctypes.byref(how), ctypes.sizeof(how), path=path)
 
 
 class _MountAttr(ctypes.Structure):
@@ -149,7 +182,7 @@ def clone3(flags: int = 0, cgroup_fd: int | None = None) -> int:
     with one thread: other threads are not copied, and the locks they hold stay held in the child.
     Inside process.call and process.fork that is so.
     """
-    args = _CloneArgs(flags=flags, exit_signal=17)  # SIGCHLD on both machines
+    args = _CloneArgs(flags=flags, exit_signal=0 if flags & CLONE_PARENT else 17)  # SIGCHLD on both machines
     if cgroup_fd is not None:
         args.flags |= CLONE_INTO_CGROUP
         args.cgroup = cgroup_fd
@@ -168,12 +201,25 @@ def sethostname(name: str) -> None:
     _check(_libc.sethostname(encoded, ctypes.c_size_t(len(encoded))), "sethostname", name)
 
 
-class Capabilities(NamedTuple):
+def setdomainname(name: str) -> None:
+    """setdomainname(2): the UTS namespace's NIS domain name, at most 64 bytes."""
+    encoded = os.fsencode(name)
+    _check(_libc.setdomainname(encoded, ctypes.c_size_t(len(encoded))), "setdomainname", name)
+
+
+class Capabilities:
     """Three sets of a process, each a bit mask: bit N is capability N of <linux/capability.h>."""
 
-    effective: int
-    permitted: int
-    inheritable: int
+    def __init__(self, effective: int, permitted: int, inheritable: int) -> None:
+        self.effective, self.permitted, self.inheritable = effective, permitted, inheritable
+
+    def __repr__(self) -> str:
+        return f"Capabilities({self.effective:#x}, {self.permitted:#x}, {self.inheritable:#x})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Capabilities) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def capget(pid: int = 0) -> Capabilities:
@@ -187,10 +233,38 @@ def capget(pid: int = 0) -> Capabilities:
 def capset(sets: Capabilities) -> None:
     """capset(2): give the calling process these sets, within what it may have."""
     header = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
-    words = [mask & 0xFFFFFFFF for mask in sets] + [mask >> 32 for mask in sets]
+    masks = (sets.effective, sets.permitted, sets.inheritable)
+    words = [mask & 0xFFFFFFFF for mask in masks] + [mask >> 32 for mask in masks]
     _check(_libc.capset(header, (ctypes.c_uint32 * 6)(*words)), "capset")
 
 
 def bpf(command: int, attr: bytes) -> int:
     """bpf(2): attr is the packed union bpf_attr of that command; gives a file descriptor or 0."""
     return _syscall("bpf", command, ctypes.create_string_buffer(attr, len(attr)), len(attr))
+
+
+def seccomp(program: bytes, flags: int = 0) -> int:
+    """seccomp(2), SECCOMP_SET_MODE_FILTER: install a BPF program of 8-byte struct sock_filter; 0 or a listener."""
+    code = ctypes.create_string_buffer(program, len(program))
+    fprog = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
+    return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
+
+
+def keyctl(operation: int, text: str) -> int:
+    """keyctl(2) with one text argument: KEYCTL_JOIN_SESSION_KEYRING gives the new keyring's id."""
+    return _syscall("keyctl", operation, _encode(text))
+
+
+def ioprio_set(which: int, who: int, priority: int) -> None:
+    """ioprio_set(2): class and level of a process's input and output."""
+    _syscall("ioprio_set", which, who, priority)
+
+
+def sched_setattr(pid: int, attr: bytes) -> None:
+    """sched_setattr(2): attr is the packed struct sched_attr."""
+    _syscall("sched_setattr", pid, ctypes.create_string_buffer(attr, len(attr)), 0)
+
+
+def personality(domain: int) -> None:
+    """personality(2): the execution domain, as PER_LINUX32."""
+    _check(_libc.personality(ctypes.c_ulong(domain)), "personality")

@@ -139,8 +139,8 @@ def test_a_broken_device_rule(rule):
 
 
 def test_device_rules_are_parsed():
-    assert devices.parse("c 1:3 rwm") == (2, 1, 3, 7)
-    assert devices.parse("b *:* m") == (1, None, None, 1)
+    assert vars(devices.parse("c 1:3 rwm")) == {"type": 2, "major": 1, "minor": 3, "access": 7, "allow": True}
+    assert vars(devices.parse("b *:* m")) == {"type": 1, "major": None, "minor": None, "access": 1, "allow": True}
 
 
 def open_devices(group, attempts):

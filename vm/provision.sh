@@ -84,7 +84,14 @@ short-name-mode = "disabled"
 location = "$registry"
 insecure = true
 CONF
-	[ -s /etc/docker/daemon.json ] || echo '{"log-level": "warn"}' >/etc/docker/daemon.json
+	cat >/etc/docker/daemon.json <<JSON
+{"log-level": "warn", "runtimes": {"labs": {"path": "$repo/bin/labs-runtime"}}}
+JSON
+	mkdir -p /etc/containers/containers.conf.d
+	cat >/etc/containers/containers.conf.d/labs.conf <<CONF
+[engine.runtimes]
+labs = ["$repo/bin/labs-runtime"]
+CONF
 	cat >/etc/docker/registry/config.yml <<CONF
 version: 0.1
 storage:
