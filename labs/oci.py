@@ -179,10 +179,11 @@ def create(options: Options, name: str) -> tuple[int, int]:
     saved = {"id": name, "pid": 0, "started": "", "ready": False, "bundle": options.bundle, "rootfs": rootfs,
              "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "owner": "root", "config": config,
              "manager": options.manager, "cgroup": where[0], "unit": where[2], "preserve_fds": options.preserve_fds}
+    creation = _Creation(options, folder, saved, where)
     try:
-        return _Creation(options, folder, saved, where).run()
+        return creation.run()
     except BaseException:
-        _undo(folder, saved)
+        creation.undo()
         raise
 
 
@@ -193,15 +194,6 @@ def _check_terminal(process: dict[str, Any], options: Options) -> None:
         raise BadInput("process.terminal", True, "needs --console-socket when the runtime does not stay")
     if options.console_socket and not wants:
         raise BadInput("--console-socket", options.console_socket, "needs process.terminal")
-
-
-def _undo(folder: str, saved: dict[str, Any]) -> None:
-    """After a failed create: no process, no cgroup, no directory."""
-    if saved["pid"]:
-        _end(saved["pid"])
-    if saved["manager"] != "disabled" and saved["pid"]:
-        oci_cgroup.delete(saved["cgroup"])
-    machine.remove_tree(folder)
 
 
 def _end(pid: int) -> None:
@@ -229,19 +221,21 @@ class _Creation:
         self.options, self.folder, self.saved, self.where = options, folder, saved, where
         self.config = saved["config"]
         self.linux = self.config["linux"]
-        self.console = -1
+        self.console, self.made = -1, False
 
     def run(self) -> tuple[int, int]:
         ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
         init = _Init(self.config, self.saved, self.options, theirs, _listen(self.folder))
-        self.saved["pid"] = pid = spawn(self.config, init.main)
+        group = self._group()
+        self.saved["pid"] = pid = spawn(self.config, init.main, group)
         theirs.close()
         self.saved["started"] = (_stat(pid) or ("", ""))[1]
         _save(self.folder, self.saved)
         if _namespaces(self.config).get("user") == "":
             id_maps(pid, self.linux["uidMappings"], self.linux["gidMappings"])
         oom_score_adj(self.config["process"], pid)
-        self._resources(pid)
+        if group < 0 and self.options.manager != "disabled":
+            self._move_in(pid)
         _send(ours, b"go")
         while (message := self._receive(ours)) != b"ready":
             if message == b"hooks":
@@ -253,12 +247,42 @@ class _Creation:
         write_pid_file(self.options.pid_file, pid)
         return pid, self.console
 
-    def _resources(self, pid: int) -> None:
-        resources = self.linux.get("resources") or {}
-        path, slice_name, unit = self.where
-        oci_cgroup.create(self.options.manager, path, slice_name, unit, pid, oci_cgroup.files(resources))
-        if self.options.manager != "disabled":
-            oci_cgroup.devices(path, resources.get("devices") or [], self.linux.get("devices") or [])
+    def undo(self) -> None:
+        """After a failed create: no process, no cgroup, no directory."""
+        if self.saved["pid"]:
+            _end(self.saved["pid"])
+        if self.made:
+            oci_cgroup.delete(self.where[0])
+        machine.remove_tree(self.folder)
+
+    def _group(self) -> int:
+        """The cgroup, made with its limits before anybody is in it; its directory, or -1 where it comes later.
+
+        systemd makes a scope around a process that is there; a user namespace that is entered has no
+        right to be cloned into a group of the host.
+        """
+        if self.options.manager != "cgroupfs":
+            return -1
+        oci_cgroup.make(self.where[0], self._files())
+        self.made = True
+        self._devices()
+        if _namespaces(self.config).get("user"):
+            return -1
+        return os.open(self.where[0], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _files(self) -> dict[str, str]:
+        return oci_cgroup.files(self.linux.get("resources") or {})
+
+    def _devices(self) -> None:
+        rules = (self.linux.get("resources") or {}).get("devices") or []
+        oci_cgroup.devices(self.where[0], rules, self.linux.get("devices") or [])
+
+    def _move_in(self, pid: int) -> None:
+        if self.options.manager == "systemd":
+            oci_cgroup.make_scope(*self.where, pid, self._files())
+            self.made = True
+            self._devices()
+        machine.write_file(f"{self.where[0]}/cgroup.procs", str(pid))
 
     def _receive(self, ours: socket) -> bytes:
         """A message of process 1: a word, its terminal, or what stopped it."""
@@ -367,8 +391,8 @@ def _namespaces(config: dict[str, Any]) -> dict[str, str]:
     return oci_config.namespaces(config)
 
 
-def spawn(config: dict[str, Any], main: Callable[[], NoReturn]) -> int:
-    """Start main in the namespaces of linux.namespaces: clone3(2) makes the new ones.
+def spawn(config: dict[str, Any], main: Callable[[], NoReturn], group: int) -> int:
+    """Start main in the namespaces of linux.namespaces, in the cgroup of that directory: clone3(2) makes the new ones.
 
     Those given by path are entered first, by a helper that then makes the process our child
     (CLONE_PARENT); so is a new time namespace, which takes its offsets before anybody is in it.
@@ -378,7 +402,7 @@ def spawn(config: dict[str, Any], main: Callable[[], NoReturn]) -> int:
     paths = {kind: _open_namespace(path) for kind, path in have.items() if path}
     offsets = config["linux"].get("timeOffsets") or {} if have.get("time") == "" else None
     if not paths and offsets is None:
-        pid = syscalls.clone3(new)
+        pid = syscalls.clone3(new, group if group >= 0 else None)
         if pid == 0:
             main()
         return pid
@@ -386,17 +410,17 @@ def spawn(config: dict[str, Any], main: Callable[[], NoReturn]) -> int:
         enter(paths)
         if offsets is not None:
             time_offsets(offsets)
-    return spawn_from(join, new, main)
+    return spawn_from(join, new, main, group)
 
 
-def spawn_from(join: Callable[[], None], new: int, main: Callable[[], NoReturn]) -> int:
+def spawn_from(join: Callable[[], None], new: int, main: Callable[[], NoReturn], group: int) -> int:
     """Start main as our child from a helper that has called join: setns(2) for a pid namespace is for children only."""
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
     helper = os.fork()
     if helper == 0:
         try:
             join()
-            pid = syscalls.clone3(new | syscalls.CLONE_PARENT)
+            pid = syscalls.clone3(new | syscalls.CLONE_PARENT, group if group >= 0 else None)
             if pid == 0:
                 main()
             theirs.send(b"%d" % pid)
@@ -474,6 +498,7 @@ class _Init:
         self.have = _namespaces(config)
         self.root = oci_root.Root(saved["rootfs"])
         self.trees = oci_root.sources(config, options.bundle, user_namespace)
+        self.proc = host_proc(config["process"])
         self.filter = compile_filter(config)
         self.listener = connect_listener(self.linux.get("seccomp"))
         self.report = sync
@@ -507,7 +532,6 @@ class _Init:
             loopback()
         for name, value in (self.linux.get("sysctl") or {}).items():
             sysctl(name, value)
-        self.apparmor = open_apparmor(self.process)
         os.umask(0)
         self._mount()
         _send(self.sync, b"hooks")
@@ -576,11 +600,11 @@ class _Init:
         hooks(self.config, "startContainer", self._state("created"))
         state = {"ociVersion": oci_config.VERSION, "fds": ["seccompFd"], "pid": self.saved["pid"],
                  "state": self._state("creating")}
-        become(self.config, self.process, self.apparmor, self.filter, self.listener, state)
+        become(self.config, self.process, self.proc, self.filter, self.listener, state)
         oci_process.execute(self.process, self.path, self.env)
 
 
-def become(config: dict[str, Any], process: dict[str, Any], apparmor: int, filter: Any, listener: int,
+def become(config: dict[str, Any], process: dict[str, Any], proc: int, filter: Any, listener: int,
            state: dict[str, Any]) -> None:
     """The last steps before execve(2).  seccomp(2) needs CAP_SYS_ADMIN or no_new_privs: its place depends on which."""
     profile = config["linux"].get("seccomp") or {}
@@ -588,8 +612,7 @@ def become(config: dict[str, Any], process: dict[str, Any], apparmor: int, filte
     oci_process.scheduler(process)
     oci_process.io_priority(process)
     personality(config["linux"].get("personality"))
-    if apparmor >= 0:
-        os.write(apparmor, b"exec " + process["apparmorProfile"].encode())
+    apparmor_profile(process, proc)
     if not process.get("noNewPrivileges"):
         oci_process.seccomp(filter, listener, message)
     oci_process.user_and_capabilities(process)
@@ -665,14 +688,33 @@ def personality(given: dict[str, Any] | None) -> None:
         syscalls.personality(PERSONALITIES[given["domain"]])
 
 
-def open_apparmor(process: dict[str, Any]) -> int:
-    """The file that takes the profile for the next execve(2), opened on the host's /proc; -1 without a profile."""
+def host_proc(process: dict[str, Any]) -> int:
+    """The host's /proc, to reach our own attributes from inside where the image's cannot be trusted; -1 if not needed."""
     if not process.get("apparmorProfile"):
         return -1
-    for path in ("/proc/self/attr/apparmor/exec", "/proc/self/attr/exec"):
-        if os.path.exists("/sys/kernel/security/apparmor") and os.path.exists(path):
-            return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        if machine.read_file("/sys/module/apparmor/parameters/enabled").strip() == "Y":
+            return os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except KernelError:
+        pass  # no such module
     raise BadInput("process.apparmorProfile", process["apparmorProfile"], "needs AppArmor, which this kernel does not run")
+
+
+def apparmor_profile(process: dict[str, Any], proc: int) -> None:
+    """process.apparmorProfile: the profile for the next execve(2), apparmor(7)."""
+    if proc < 0:
+        return
+    for path in ("self/attr/apparmor/exec", "self/attr/exec"):
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        except FileNotFoundError:
+            continue
+        try:
+            os.write(fd, b"exec " + process["apparmorProfile"].encode())
+        except OSError as error:
+            raise BadInput("process.apparmorProfile", process["apparmorProfile"], error.strerror or "refused") from error
+        os.close(fd)
+        return
 
 
 def connect_listener(profile: dict[str, Any] | None) -> int:
@@ -829,19 +871,22 @@ def execute(options: Options, name: str, process: dict[str, Any], ignore_paused:
     have = _namespaces(container.config)
     pidfd, flags = container.pidfd(), sum(FLAGS[kind] for kind in have)
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
-    filter = compile_filter(container.config)
+    proc, filter = host_proc(process), compile_filter(container.config)
     listener = connect_listener(container.config["linux"].get("seccomp"))
     state = container.state()
     def join() -> None:
         oom_score_adj(process, os.getpid())
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # as in create: the container may be hostile by now
-        syscalls.setns(pidfd, flags)
+        syscalls.setns(pidfd, flags & ~syscalls.CLONE_NEWCGROUP)  # from outside it no group could be given
         if "mnt" not in have:
             os.chroot(container.saved["rootfs"])
-    pid = spawn_from(join, 0, lambda: _join(container, process, options, theirs, filter, listener, state))
+    group = _group_of(container)
+    pid = spawn_from(join, 0, lambda: _join(container, pidfd, process, options, theirs, proc, filter, listener, state), group)
     theirs.close()
     try:
-        console = _bring_in(container, process, options, pid, ours)
+        if group < 0 and container.saved["manager"] != "disabled":
+            machine.write_file(f"{container.cgroup}/cgroup.procs", str(pid))
+        console = _bring_in(process, options, pid, ours)
     except BaseException:
         _end(pid)
         raise
@@ -849,10 +894,15 @@ def execute(options: Options, name: str, process: dict[str, Any], ignore_paused:
     return pid, console
 
 
-def _bring_in(container: Container, process: dict[str, Any], options: Options, pid: int, ours: socket) -> int:
-    """The runtime's half of exec: into the cgroup, then wait for the command to run."""
-    if container.saved["manager"] != "disabled":
-        machine.write_file(f"{container.cgroup}/cgroup.procs", str(pid))
+def _group_of(container: Container) -> int:
+    """The container's cgroup to clone into; -1 where a user namespace has no right to, or there is none."""
+    if container.saved["manager"] == "disabled" or "user" in _namespaces(container.config):
+        return -1
+    return os.open(container.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _bring_in(process: dict[str, Any], options: Options, pid: int, ours: socket) -> int:
+    """The runtime's half of exec: wait for the command to run."""
     oci_process.rlimits(process, pid)
     _send(ours, b"go")
     console = -1
@@ -866,16 +916,17 @@ def _bring_in(container: Container, process: dict[str, Any], options: Options, p
             return console
 
 
-def _join(container: Container, process: dict[str, Any], options: Options, sync: socket, filter: Any,
-          listener: int, state: dict[str, Any]) -> NoReturn:
+def _join(container: Container, pidfd: int, process: dict[str, Any], options: Options, sync: socket, proc: int,
+          filter: Any, listener: int, state: dict[str, Any]) -> NoReturn:
     """The joining process's half of exec."""
     try:
         seal()
         sync.recv(16)
         os.setsid()
+        if "cgroup" in _namespaces(container.config):
+            syscalls.setns(pidfd, syscalls.CLONE_NEWCGROUP)
         if "user" in _namespaces(container.config):
             become_root()
-        profile = open_apparmor(process)
         if process.get("terminal"):
             pty, peer = oci_process.terminal(process, os.open(
                 "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW))
@@ -885,7 +936,7 @@ def _join(container: Container, process: dict[str, Any], options: Options, sync:
         env = listen_environment(oci_process.environment(process), options.preserve_fds)
         path = oci_process.find(process, env)
         message = {"ociVersion": oci_config.VERSION, "fds": ["seccompFd"], "pid": os.getpid(), "state": state}
-        become(container.config, process, profile, filter, listener, message)
+        become(container.config, process, proc, filter, listener, message)
         oci_process.execute(process, path, env)
     except BaseException as error:  # noqa: BLE001  all of it belongs to the runtime
         _send(sync, describe(error))

@@ -5,26 +5,23 @@ runc run and runc exec without --detach do this; docker and podman do it in thei
 
 from __future__ import annotations
 
+import _signal as signal  # signal itself imports enum, and this is most of what a short run costs
 import errno
-import fcntl
 import os
 import select
-import signal
 import sys
-import termios
-import tty
 
 from labs import oci_process
 
-PASSED_ON = [number for number in signal.valid_signals() if number not in (
-    signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGURG, signal.SIGPIPE, signal.SIGWINCH)]
+NOT_PASSED_ON = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGURG, signal.SIGPIPE, signal.SIGWINCH)
 
 
 def attend(pid: int, console: int) -> int:
     """Wait for the process; its status as a shell shows it.  console is its terminal's main end, or -1."""
     pidfd = os.pidfd_open(pid)
-    for number in PASSED_ON:
-        signal.signal(number, lambda number, frame: _pass_on(pidfd, number))
+    for number in signal.valid_signals():
+        if number not in NOT_PASSED_ON:
+            signal.signal(number, lambda number, frame: _pass_on(pidfd, number))
     if console >= 0:
         _carry(console, pidfd)
     _, status = os.waitpid(pid, 0)
@@ -40,6 +37,8 @@ def _pass_on(pidfd: int, number: int) -> None:
 
 def _carry(console: int, pidfd: int) -> None:
     """Copy between our standard input and output and the terminal, ours in raw mode where it is one: termios(3)."""
+    import termios
+    import tty
     ours = termios.tcgetattr(0) if os.isatty(0) else None
     signal.signal(signal.SIGWINCH, lambda number, frame: _resize(console))
     try:
@@ -55,8 +54,9 @@ def _carry(console: int, pidfd: int) -> None:
 
 def _resize(console: int) -> None:
     """The size of our terminal for the container's: ioctl_tty(2), TIOCGWINSZ."""
+    from fcntl import ioctl
     if os.isatty(0):
-        fcntl.ioctl(console, oci_process.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
+        ioctl(console, oci_process.TIOCSWINSZ, ioctl(0, oci_process.TIOCGWINSZ, b"\0" * 8))
 
 
 def _copy(console: int, pidfd: int) -> None:

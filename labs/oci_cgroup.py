@@ -46,19 +46,27 @@ def _slice_path(name: str) -> str:
     return "" if parts == [""] else "".join(f"/{'-'.join(parts[:n])}.slice" for n in range(1, len(parts) + 1))
 
 
-def create(manager: str, path: str, slice_name: str, unit: str, pid: int, wanted: dict[str, str]) -> None:
-    """Make the group with its limits and move the process in; the group is there but for what the kernel refuses."""
-    if manager == "disabled":
-        return
-    if manager == "systemd":
-        _scope(slice_name, unit, pid)
-        _wait_for(path)
-    else:
-        _require_empty(path)
-        _folders(path, wanted)
+def make(path: str, wanted: dict[str, str]) -> None:
+    """Make the group with its limits; where the kernel refuses one, nothing is left of it."""
+    _require_empty(path)
+    _folders(path, wanted)
+    try:
+        _limits(path, wanted)
+    except BaseException:
+        delete(path)
+        raise
+
+
+def make_scope(path: str, slice_name: str, unit: str, pid: int, wanted: dict[str, str]) -> None:
+    """The same by systemd, with the process in it."""
+    _scope(slice_name, unit, pid)
+    _wait_for(path)
+    _limits(path, wanted)
+
+
+def _limits(path: str, wanted: dict[str, str]) -> None:
     for file, value in wanted.items():
         _write(path, file, value)
-    machine.write_file(f"{path}/cgroup.procs", str(pid))
 
 
 def _require_empty(path: str) -> None:

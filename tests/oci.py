@@ -1,0 +1,194 @@
+"""What the tests of the OCI runtime share: a bundle of a few files, a runtime's command line, and what is seen inside."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from labs import machine
+
+LABS = str(Path(__file__).parent.parent / "bin/labs-runtime")
+RUNTIMES = {"labs": LABS, "runc": "runc", "crun": "crun"}
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"]
+BASE: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "env": [PATH, "TERM=xterm"], "cwd": "/",
+                "capabilities": {name: CAPABILITIES for name in ("bounding", "effective", "permitted")},
+                "noNewPrivileges": True},
+    "root": {"path": "rootfs"},
+    "hostname": "box",
+    "mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+         "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+         "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+         "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}],
+    "linux": {
+        "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")],
+        "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+        "maskedPaths": MASKED,
+        "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]},
+}
+FACTS = """exec 2>&1
+echo @status; grep -E '^(Uid|Gid|Groups|Umask|Cap...|NoNewPrivs|Seccomp|Sig(Blk|Ign)|NSpid|NSsid):' /proc/self/status
+echo @mounts; cat /proc/self/mountinfo
+echo @names; hostname; cat /proc/sys/kernel/domainname
+echo @env; env | sort
+echo @cwd; pwd
+echo @limits; cat /proc/self/limits
+echo @oom; cat /proc/self/oom_score_adj
+echo @namespaces; for n in cgroup ipc mnt net pid time user uts; do echo $n $(readlink /proc/self/ns/$n); done
+echo @dev; find /dev -xdev | sort | while read f; do
+  echo $f $(stat -c '%F %a %u:%g %t:%T' $f) $(readlink $f); done
+echo @maps; cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups
+echo @files; for f in 0 1 2 3 4 5 6 7 8 9 10 11 12; do [ -e /proc/self/fd/$f ] && echo $f; done
+echo @links; cat /sys/class/net/lo/flags
+echo @probe
+"""
+
+
+def patched(config: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """config with "process.user.uid" set to a value; "mounts+" adds to a list, None takes away."""
+    config = copy.deepcopy(config)
+    for path, value in patch.items():
+        *folders, name = path.split(".") if not path.startswith("linux.sysctl.") else ["linux", "sysctl", path[13:]]
+        there = config
+        for folder in folders:
+            there = there.setdefault(folder, {})
+        if value is None:
+            there.pop(name, None)
+        elif name.endswith("+"):
+            there[name[:-1]] = [*there.get(name[:-1], []), *value]
+        else:
+            there[name] = value
+    return config
+
+
+class Bundle:
+    """A directory with config.json and a copy of busybox's root; its containers bear names that nobody else's have."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rootfs = path, path / "rootfs"
+        self.name = path.name
+        self.state = path / "state"
+        self.config: dict[str, Any] = {}
+        subprocess.run(["cp", "-a", machine.ROOTFS["busybox"], str(self.rootfs)], check=True)
+
+    def write(self, script: str = "", patch: dict[str, Any] | None = None) -> Bundle:
+        """config.json: the base with the patch, and sh -c script as the command."""
+        config = patched(BASE, patch or {})
+        if script:
+            config["process"]["args"] = ["sh", "-c", script]
+        config["linux"].setdefault("cgroupsPath", f"/{self.name}")
+        self.config = json.loads(json.dumps(config).replace("@BUNDLE@", str(self.path)))
+        (self.path / "config.json").write_text(json.dumps(self.config))
+        return self
+
+    def call(self, *words: str, runtime: str = "labs", **more: Any) -> subprocess.CompletedProcess[str]:
+        """One command of a runtime, with a state directory of the bundle's own."""
+        more = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+        return subprocess.run([*self.line(runtime), *words], text=True, cwd=self.path, timeout=120, **more)
+
+    def line(self, runtime: str = "labs") -> list[str]:
+        return [RUNTIMES[runtime], "--root", str(self.state)]
+
+    def run(self, runtime: str = "labs", *options: str) -> subprocess.CompletedProcess[str]:
+        return self.call("run", *options, self.name, runtime=runtime)
+
+    def good(self, *words: str, **more: Any) -> str:
+        """A command that must succeed, quietly: its output."""
+        done = self.call(*words, **more)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout or ""
+
+    def status(self) -> str:
+        return json.loads(self.good("state", self.name))["status"]
+
+    def detached(self) -> str:
+        """create and start, with nothing of ours held open: the container's name."""
+        self.good("run", "--detach", self.name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) \
+            if False else None
+        null = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        done = self.call("run", "--detach", self.name, **null)
+        assert done.returncode == 0
+        return self.name
+
+
+@contextlib.contextmanager
+def bundle(script: str = "", patch: dict[str, Any] | None = None) -> Iterator[Bundle]:
+    """A bundle that is gone afterwards, with whatever was started from it."""
+    path = Path(tempfile.mkdtemp(prefix="labs-oci-"))
+    path.chmod(0o755)
+    made = Bundle(path)
+    try:
+        if script or patch:
+            made.write(script, patch)
+        yield made
+    finally:
+        for name in os.listdir(made.state) if made.state.is_dir() else []:
+            made.call("delete", "--force", name)
+        shutil.rmtree(path)
+
+
+def left(made: Bundle) -> list[str]:
+    """What is still there of a bundle's containers: state, cgroup, processes, mounts."""
+    found = [str(path) for path in made.state.iterdir()] if made.state.is_dir() else []
+    found += [folder for folder, _, _ in os.walk(machine.CGROUP_ROOT) if made.name in folder]
+    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return found + [line for line in mounts if made.name in line]
+
+
+# --- what was seen inside, so that two runtimes can be compared ---
+
+
+def facts(output: str, made: Bundle, known: dict[str, str]) -> dict[str, list[str]]:
+    """The output of FACTS, by section, without what is new in every container."""
+    found: dict[str, list[str]] = {"": []}
+    lines = found[""]
+    for line in output.replace(str(made.path), "BUNDLE").replace(made.name, "NAME").splitlines():
+        if re.fullmatch("@[a-z]+", line):
+            lines = found.setdefault(line[1:], [])
+        else:
+            lines.append(line)
+    found["mounts"] = _mounts(found.get("mounts", []), made)
+    found["namespaces"] = [_namespace(line, known) for line in found.get("namespaces", [])]
+    return found
+
+
+def _namespace(line: str, known: dict[str, str]) -> str:
+    kind, _, link = line.partition(" ")
+    return f"{kind} {'host' if link == os.readlink(f'/proc/self/ns/{kind}') else known.get(link, 'new')}"
+
+
+def _mounts(lines: list[str], made: Bundle) -> list[str]:
+    """A mount as "TARGET TYPE SOURCE ROOT OPTIONS SUPER PROPAGATION"; of a masked path only that it is."""
+    rows, masked = [], made.config["linux"].get("maskedPaths") or []
+    for line in lines:
+        left_half, _, right_half = line.partition(" - ")
+        _, _, number, root, target, options, *tags = left_half.split()
+        kind, source, more = right_half.split(" ")
+        propagation = ",".join(re.sub(":.*", "", tag) for tag in tags) or "private"
+        if target in masked:
+            rows.append(f"{target} is masked, {propagation}")
+            continue
+        del number
+        options, more = (",".join(sorted(text.split(","))) for text in (options, more))
+        rows.append(f"{target} {kind} {source} {root} {options} {more} {propagation}")
+    return sorted(rows, key=lambda row: row.split()[0])
