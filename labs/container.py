@@ -14,7 +14,6 @@ monitor (PR_SET_PDEATHSIG).  Nothing is imported after the fork.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import signal
@@ -77,6 +76,7 @@ class Spec(NamedTuple):
     init: bool
     binds: list[Bind]
     devices: tuple[str, ...] | None
+    stay: bool = True  # cgroup and layer outlive process 1, until the caller lets go
 
 
 def run(argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = None,
@@ -91,9 +91,11 @@ def run(argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = 
     Raises Timeout after timeout seconds, CommandNotFound, NotExecutable, BadInput, KernelError or
     ChildFailed; in every case nothing is left.
     """
-    with Container(argv, rootfs=rootfs, hostname=hostname, memory=memory, swap=swap, cpus=cpus, pids=pids,
-                   env=env, cwd=cwd, stdin=stdin, user=user, time_offset=time_offset, network=network,
-                   readonly=readonly, init=init, mounts=mounts, devices=devices) as container:
+    container = Container(argv, rootfs=rootfs, hostname=hostname, memory=memory, swap=swap, cpus=cpus, pids=pids,
+                          env=env, cwd=cwd, stdin=stdin, user=user, time_offset=time_offset, network=network,
+                          readonly=readonly, init=init, mounts=mounts, devices=devices)
+    container.spec = container.spec._replace(stay=False)
+    with container:
         return container.wait(timeout)
 
 
@@ -105,7 +107,8 @@ class Container:
     row.  time_offset: seconds added to the monotonic and boot clocks.  network: False for a network
     namespace with only loopback, True for the host's.  init: a small init as process 1.  mounts: Bind
     or (source, target).  devices: rules of the device controller, None for no filter.
-    Output goes to pipes of 1 MiB, which wait() and logs() empty.
+    Output goes to pipes of 1 MiB, which wait() and logs() empty: a command that writes more while nobody
+    calls them blocks in write(2) until somebody does.
     """
 
     def __init__(self, argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = None,
@@ -132,7 +135,8 @@ class Container:
     def __enter__(self) -> Container:
         machine.require()
         program = None if self.spec.devices is None else device_rules.load(self.spec.devices)
-        self._monitor = Monitor(lambda channels: _supervise_container(self.id, self.spec, program, channels),
+        top = cgroup.top()
+        self._monitor = Monitor(lambda channels: _supervise_container(self.id, self.spec, top, program, channels),
                                 self._stdin, () if program is None else (program,))
         self._monitor.start()
         return self
@@ -248,11 +252,11 @@ def _check_user(user: bool | namespaces.Map) -> namespaces.Map | None:
 # What follows runs in the monitor.
 
 
-def _supervise_container(name: str, spec: Spec, program: int | None, channels: Channels) -> None:
+def _supervise_container(name: str, spec: Spec, top: cgroup.Cgroup, program: int | None, channels: Channels) -> None:
     """Make the layer and the cgroup, start process 1 in them, wait for it, and undo all in reverse."""
     with ExitStack() as undo:
         layer = undo.enter_context(_layer(name, spec.user))
-        group = undo.enter_context(cgroup.create(name, files=spec.limits))
+        group = undo.enter_context(cgroup.create(name, top, files=spec.limits))
         group_fd = os.open(group.path, os.O_RDONLY | os.O_DIRECTORY)
         if program is not None:
             device_rules.attach(program, group_fd)
@@ -266,6 +270,8 @@ def _supervise_container(name: str, spec: Spec, program: int | None, channels: C
             _grant_ids(pid, spec.user, spec.rootfs, ours)
         status, _ = watch(pid, channels, group.kill)
         tell(channels, _account(status, group))
+        if spec.stay:
+            channels.control.recv(1)
 
 
 def _new_namespaces(spec: Spec) -> int:
@@ -386,13 +392,14 @@ def _execute(spec: Spec, errors: int) -> int:
 def _enter_root(spec: Spec, layer: str, lower: int) -> None:
     """Mount the overlay, make it the root, mount what belongs on it, and let the old root go.
 
-    The overlay is mounted over its own lower directory: only this mount namespace sees that.
+    The overlay is mounted over its own lower directory: only this mount namespace sees that.  It is
+    volatile, since the layer is thrown away: its end need not wait until the disk has all (overlayfs.rst).
     """
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     trees = [_copy_tree(bind) for bind in spec.binds]
     if lower >= 0:
         syscalls.move_mount(lower, spec.rootfs)
-    extra = ",userxattr" if spec.user else ""
+    extra = ",volatile,userxattr" if spec.user else ",volatile"
     options = mounts.overlay_options([spec.rootfs], f"{layer}/upper", f"{layer}/work", extra)
     syscalls.mount("overlay", spec.rootfs, "overlay", 0, options)
     _pivot(spec.rootfs)
@@ -469,24 +476,14 @@ def _attach(tree: int, target: str) -> None:
 
 def _hide() -> None:
     """Masked paths: /dev/null over a file, an empty tmpfs over a directory.  Then read-only paths."""
-    for path in mounts.MASKED:
-        missing = _try_bind("/dev/null", path)
-        if missing == errno.ENOTDIR:
+    for path in filter(os.path.exists, mounts.MASKED):
+        if os.path.isdir(path):
             syscalls.mount("tmpfs", path, "tmpfs", syscalls.MS_RDONLY, "size=0")
-    for path in mounts.READONLY:
-        if not _try_bind(path, path):
-            mounts.make_readonly(path, recursive=True)
-
-
-def _try_bind(source: str, target: str) -> int:
-    """Bind source on target; 0, or the errno that says the target is not there or is a directory."""
-    try:
-        syscalls.mount(source, target, None, syscalls.MS_BIND | syscalls.MS_REC)
-    except KernelError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise
-        return error.errno
-    return 0
+        else:
+            syscalls.mount("/dev/null", path, None, syscalls.MS_BIND)
+    for path in filter(os.path.exists, mounts.READONLY):
+        syscalls.mount(path, path, None, syscalls.MS_BIND | syscalls.MS_REC)
+        mounts.make_readonly(path, recursive=True)
 
 
 def _loopback_up() -> None:

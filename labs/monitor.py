@@ -74,10 +74,9 @@ def watch(pid: int, channels: Channels, end: Callable[[], object]) -> tuple[int,
 
 
 def tell(channels: Channels, report: Report) -> None:
-    """In the monitor: send the report, and wait until the caller needs the command's things no more."""
+    """In the monitor: send the report, if the caller is still there."""
     with suppress(BrokenPipeError):
         channels.control.send(json.dumps(report._asdict()).encode())
-        channels.control.recv(1)
 
 
 class Monitor:

@@ -56,7 +56,7 @@ PROPAGATION = {"private": MS_PRIVATE, "shared": MS_SHARED, "slave": MS_SLAVE, "u
 CLONE = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
-         "ptmx": "pts/ptmx"}
+         "ptmx": "pts/ptmx", "core": "/proc/kcore"}
 
 
 class Options:

@@ -47,7 +47,7 @@ BASE: dict[str, Any] = {
         "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]},
 }
 FACTS = """exec 2>&1
-echo @status; grep -E '^(Uid|Gid|Groups|Umask|Cap...|NoNewPrivs|Seccomp|Sig(Blk|Ign)|NSpid|NSsid):' /proc/self/status
+echo @status; grep -E '^(Uid|Gid|Groups|Umask|Cap...|NoNewPrivs|Seccomp|Sig(Blk|Ign)):' /proc/self/status
 echo @mounts; cat /proc/self/mountinfo
 echo @names; hostname; cat /proc/sys/kernel/domainname
 echo @env; env | sort
@@ -123,8 +123,6 @@ class Bundle:
 
     def detached(self) -> str:
         """create and start, with nothing of ours held open: the container's name."""
-        self.good("run", "--detach", self.name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) \
-            if False else None
         null = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         done = self.call("run", "--detach", self.name, **null)
         assert done.returncode == 0
@@ -152,7 +150,7 @@ def left(made: Bundle) -> list[str]:
     found = [str(path) for path in made.state.iterdir()] if made.state.is_dir() else []
     found += [folder for folder, _, _ in os.walk(machine.CGROUP_ROOT) if made.name in folder]
     mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    return found + [line for line in mounts if made.name in line]
+    return found + [line for line in mounts if f"{made.name}/rootfs" in line]
 
 
 # --- what was seen inside, so that two runtimes can be compared ---
