@@ -38,18 +38,18 @@ def whole(place: str, runs: int) -> list[Row]:
 def steps(place: str, runs: int) -> list[Row]:
     """create, start and delete apart; each round makes its own container."""
     rows: list[Row] = []
-    for step, argv in (("create", ("create", "--bundle", place)), ("start", ("start",)), ("delete", ("delete", "--force"))):
-        numbers = {who: count() for who in RUNTIMES}
-
-        def way(who: str, path: str, argv: tuple[str, ...] = argv, numbers: dict[str, count[int]] = numbers) -> Callable[
-            [], object
-        ]:
-            return lambda: _quiet(path, *argv, f"labs-s-{who}-{next(numbers[who])}")
-
-        timed = side_by_side({who: way(who, path) for who, path in RUNTIMES.items()}, runs)
+    commands = {"create": ("create", "--bundle", place), "start": ("start",), "delete": ("delete", "--force")}
+    for step, argv in commands.items():
+        timed = side_by_side({who: _each(who, path, argv) for who, path in RUNTIMES.items()}, runs)
         show(step, timed, AGAINST)
         rows += [row._replace(who=f"{row.who} {step}") for row in timed]
     return rows
+
+
+def _each(who: str, path: str, argv: Sequence[str]) -> Callable[[], object]:
+    """A command on the first container, the next time on the second, and so on."""
+    numbers = count()
+    return lambda: _quiet(path, *argv, f"labs-s-{who}-{next(numbers)}")
 
 
 def memory(place: str) -> None:

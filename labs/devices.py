@@ -33,8 +33,8 @@ R0, R1, TYPE, ACCESS, MAJOR, MINOR, REST = range(7)
 class Rule:
     """Devices of a type (1 block, 2 character) that may or may not be used in the ways of access; None is any."""
 
-    def __init__(self, type: int | None, major: int | None, minor: int | None, access: int, allow: bool = True) -> None:
-        self.type, self.major, self.minor, self.access, self.allow = type, major, minor, access, allow
+    def __init__(self, kind: int | None, major: int | None, minor: int | None, access: int, allow: bool = True) -> None:
+        self.kind, self.major, self.minor, self.access, self.allow = kind, major, minor, access, allow
 
 
 def parse(text: str) -> Rule:
@@ -58,7 +58,7 @@ def _test(rule: Rule) -> bytes:
 
     Allowed is what asks for nothing beyond access; refused is what asks for any of it.
     """
-    pairs = ((TYPE, rule.type), (MAJOR, rule.major), (MINOR, rule.minor))
+    pairs = ((TYPE, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor))
     tests = [(register, number) for register, number in pairs if number is not None]
     size = len(tests) + 5
     code = [_instruction(JUMP_NE, r, value=n, offset=size - 1 - at) for at, (r, n) in enumerate(tests)]

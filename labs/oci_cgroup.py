@@ -1,4 +1,4 @@
-"""linux.resources on cgroup v2: where the container's group is, its files, and its device filter.
+"""linux.resources on cgroup v2: where the container's group is, its files, and its device controller.
 
 config-linux.md "Control groups" of the OCI runtime specification; the kernel's
 Documentation/admin-guide/cgroup-v2.rst; systemd.resource-control(5).  The specification speaks in the
@@ -126,8 +126,8 @@ def _scope(slice_name: str, unit: str, pid: int) -> None:
 def call(arguments: list[str]) -> None:
     """One call of systemd's manager object, by busctl(1)."""
     import subprocess
-    bus = [] if os.geteuid() == 0 and not os.environ.get("DBUS_SESSION_BUS_ADDRESS", "").startswith("unix:path=/run/user/") \
-        else ["--user"]
+    session = os.environ.get("DBUS_SESSION_BUS_ADDRESS", "").startswith("unix:path=/run/user/")
+    bus = ["--user"] if session or os.geteuid() else []
     done = subprocess.run(["busctl", *bus, "--quiet", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
                            "org.freedesktop.systemd1.Manager", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -135,7 +135,7 @@ def call(arguments: list[str]) -> None:
 
 
 def _wait_for(path: str) -> None:
-    """systemd answers before the group is there: wait for it, 30 seconds at most."""
+    """The answer of systemd comes before the group is there: wait for it, 30 seconds at most."""
     deadline = time.monotonic() + 30
     while not os.path.isdir(path):
         if time.monotonic() > deadline:
@@ -184,7 +184,8 @@ def cpu(resources: dict[str, Any]) -> dict[str, str]:
     if given.get("quota") or given.get("period"):
         quota = given.get("quota") or 0
         wanted["cpu.max"] = f"{quota if quota > 0 else 'max'} {given.get('period') or 100000}"
-    for field, file in (("burst", "cpu.max.burst"), ("idle", "cpu.idle"), ("cpus", "cpuset.cpus"), ("mems", "cpuset.mems")):
+    for field, file in {"burst": "cpu.max.burst", "idle": "cpu.idle", "cpus": "cpuset.cpus",
+                        "mems": "cpuset.mems"}.items():
         if given.get(field):
             wanted[file] = str(given[field])
     return wanted
@@ -227,28 +228,30 @@ def rdma(resources: dict[str, Any]) -> dict[str, str]:
 
 def devices(path: str, rules: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> None:
     """The device controller: a BPF program on the group, made of the rules, the last that matches first."""
-    from labs import devices as filter
+    from labs import devices as controller
     parsed = [_rule(rule) for rule in rules]
-    parsed += [filter.Rule(filter.TYPES["c"], major, None if minor < 0 else minor, 7) for major, minor in ALWAYS]
-    parsed += [filter.Rule(kind, None, None, filter.MKNOD) for kind in filter.TYPES.values()]
-    parsed += [filter.Rule(filter.TYPES["b" if node["type"] == "b" else "c"], node.get("major", 0),
+    terminal = controller.TYPES["c"]
+    parsed += [controller.Rule(terminal, major, None if minor < 0 else minor, 7) for major, minor in ALWAYS]
+    parsed += [controller.Rule(kind, None, None, controller.MKNOD) for kind in controller.TYPES.values()]
+    parsed += [controller.Rule(controller.TYPES["b" if node["type"] == "b" else "c"], node.get("major", 0),
                            node.get("minor", 0), 7) for node in nodes if node["type"] != "p"]
     group = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        filter.attach(filter.load_rules(list(reversed(parsed))), group)
+        controller.attach(controller.load_rules(list(reversed(parsed))), group)
     finally:
         os.close(group)
 
 
 def _rule(rule: dict[str, Any]) -> Any:
     """One rule of linux.resources.devices: no type is every type, no number is any number, no access all three."""
-    from labs import devices as filter
+    from labs import devices as controller
     letters = rule.get("access") or "rwm"
-    if set(letters) - set(filter.LETTERS):
+    if set(letters) - set(controller.LETTERS):
         raise BadInput("linux.resources.devices.access", letters, "must be of the letters r w m")
-    kind = filter.TYPES.get(rule.get("type") or "a")
-    numbers = (None if rule.get(name) in (None, -1) else rule[name] for name in ("major", "minor"))
-    return filter.Rule(kind, *numbers, sum(filter.LETTERS[letter] for letter in set(letters)), rule["allow"])
+    kind = controller.TYPES.get(rule.get("type") or "a")
+    major, minor = (None if rule.get(name) in (None, -1) else rule[name] for name in ("major", "minor"))
+    access = sum(controller.LETTERS[letter] for letter in set(letters))
+    return controller.Rule(kind, major, minor, access, rule["allow"])
 
 
 def freeze(path: str, frozen: bool) -> None:

@@ -125,7 +125,7 @@ def run(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
         options.keep = False
         raise
     finally:
-        if not options.detach and not options.keep or sys.exc_info()[0]:
+        if (not options.detach and not options.keep) or sys.exc_info()[0]:
             oci.delete(options, words[0], force=True)
 
 
@@ -151,7 +151,8 @@ def _process(options: oci.Options, given: dict[str, Any], words: list[str]) -> d
     if len(words) < 2:
         raise Usage("exec: needs a command, or --process FILE")
     process = dict(oci.Container(options.root, words[0]).config["process"])
-    process.update(args=words[1:], terminal=bool(given.get("tty")), env=[*(process.get("env") or []), *given.get("env", [])])
+    env = [*(process.get("env") or []), *given.get("env", [])]
+    process.update(args=words[1:], terminal=bool(given.get("tty")), env=env)
     process["cwd"] = given.get("cwd") or process["cwd"]
     if given.get("no-new-privs"):
         process["noNewPrivileges"] = True
@@ -231,8 +232,8 @@ def list_all(options: oci.Options, given: dict[str, Any], words: list[str]) -> i
     elif given.get("quiet"):
         print("".join(f"{each['id']}\n" for each in states), end="")
     else:
-        rows = [("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")]
-        rows += [tuple(str(each[key]) for key in ("id", "pid", "status", "bundle", "created", "owner")) for each in states]
+        rows: list[tuple[str, ...]] = [("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")]
+        rows += [tuple(str(each[title.lower()]) for title in rows[0]) for each in states]
         widths = [max(len(row[at]) for row in rows) for at in range(6)]
         for row in rows:
             print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -246,7 +247,8 @@ def ps(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
         print(oci_json.dumps(found))
         return 0
     import subprocess
-    lines = subprocess.run(["ps", *(words[1:] or ["-ef"])], capture_output=True, text=True, check=True).stdout.splitlines()
+    argv = ["ps", *(words[1:] or ["-ef"])]
+    lines = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
     column = lines[0].split().index("PID")
     print(lines[0])
     print("".join(f"{line}\n" for line in lines[1:] if int(line.split()[column]) in found), end="")
@@ -256,13 +258,14 @@ def ps(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
 def features(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
     """features: what this runtime knows, as features.md of the specification has it"""
     import json
+
     from labs import capabilities, oci_root, seccomp
     attributes = sorted(oci_root.ATTRIBUTES)
     print(json.dumps({
         "ociVersionMin": "1.0.0", "ociVersionMax": oci_config.VERSION,
-        "hooks": list(oci_config.CONFIG["hooks"]),
-        "mountOptions": sorted([*attributes, *(f"r{name}" for name in attributes), *oci_root.FILESYSTEM, "bind", "rbind",
-                                *oci_config.PROPAGATIONS, "idmap", "ridmap", "tmpcopyup"]),
+        "hooks": list(oci_config.HOOKS),
+        "mountOptions": sorted([*attributes, *(f"r{name}" for name in attributes), *oci_root.FILESYSTEM,
+                                *oci_config.PROPAGATIONS, "bind", "rbind", "idmap", "ridmap", "tmpcopyup"]),
         "linux": {
             "namespaces": sorted(oci_config.NAMESPACES), "capabilities": list(capabilities.NAMES),
             "cgroup": {"v1": False, "v2": True, "systemd": True, "systemdUser": True, "rdma": True},
@@ -274,15 +277,15 @@ def features(options: oci.Options, given: dict[str, Any], words: list[str]) -> i
     return 0
 
 
-ACTIONS = {"create": create, "run": run, "exec": execute, "state": state, "start": start, "kill": kill, "delete": delete,
-           "pause": pause, "resume": resume, "list": list_all, "ps": ps, "features": features}
+ACTIONS = {"create": create, "run": run, "exec": execute, "state": state, "start": start, "kill": kill,
+           "delete": delete, "pause": pause, "resume": resume, "list": list_all, "ps": ps, "features": features}
 
 
 def usage() -> str:
     """One line a command, from the docstrings."""
     lines = [f"  {action.__doc__}" for action in ACTIONS.values()]
-    return "\n".join(["usage: labs-runtime [--root DIR] [--log FILE] [--log-format text|json] [--systemd-cgroup] COMMAND",
-                      *lines])
+    first = "usage: labs-runtime [--root DIR] [--log FILE] [--log-format text|json] [--systemd-cgroup] COMMAND"
+    return "\n".join([first, *lines])
 
 
 def main(words: list[str]) -> int:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 VERSION = "1.2.0"
 NAMESPACES = {"pid": "pid", "network": "net", "mount": "mnt", "ipc": "ipc", "uts": "uts", "user": "user",
               "cgroup": "cgroup", "time": "time"}
-RLIMITS = ("AS CORE CPU DATA FSIZE LOCKS MEMLOCK MSGQUEUE NICE NOFILE NPROC RSS RTPRIO RTTIME SIGPENDING STACK").split()
+RLIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE",
+           "NICE", "NOFILE", "NPROC", "RSS", "RTPRIO", "RTTIME", "SIGPENDING", "STACK")
+HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 PROPAGATIONS = [deep + kind for deep in ("", "r") for kind in ("private", "shared", "slave", "unbindable")]
 ON_PROC = {"/proc/" + name for name in ("cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg",
                                         "slabinfo", "net/dev", "sys/kernel/ns_last_pid", "sys/crypto/fips_enabled")}
@@ -88,7 +90,8 @@ DEVICE_TYPE = {"type!": one_of("c", "b", "u", "p"), "path!": absolute, "major": 
                "fileMode": ident, "uid": ident, "gid": ident}
 THROTTLE = [{"major!": count, "minor!": count, "rate!": count}]
 RESOURCES = {
-    "devices": [{"allow!": flag, "type": one_of("a", "b", "c", ""), "major": integer, "minor": integer, "access": text}],
+    "devices": [{"allow!": flag, "type": one_of("a", "b", "c", ""), "major": integer, "minor": integer,
+                 "access": text}],
     "memory": {"limit": integer, "reservation": integer, "swap": integer, "kernel": integer, "kernelTCP": integer,
                "swappiness": not_done, "disableOOMKiller": not_done, "useHierarchy": flag, "checkBeforeUpdate": flag},
     "cpu": {"shares": count, "quota": integer, "burst": count, "period": count, "realtimeRuntime": not_done,
@@ -123,8 +126,7 @@ PROCESS = {
 CONFIG = {
     "ociVersion!": semver, "process": PROCESS, "root": {"path!": text, "readonly": flag}, "hostname": text,
     "domainname": text, "mounts": [{"destination!": text, "type": text, "source": text, "options": [text],
-    "uidMappings": ID_MAP, "gidMappings": ID_MAP}], "annotations": {"*": text}, "hooks": dict.fromkeys((
-    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"), HOOK),
+    "uidMappings": ID_MAP, "gidMappings": ID_MAP}], "annotations": {"*": text}, "hooks": dict.fromkeys(HOOKS, HOOK),
     "solaris": not_done, "windows": not_done, "vm": not_done, "zos": not_done,
     "linux": {
         "namespaces": [{"type!": one_of(*NAMESPACES), "path": text}], "uidMappings": ID_MAP, "gidMappings": ID_MAP,

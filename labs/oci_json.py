@@ -25,8 +25,9 @@ class _Settings:
         raise ValueError(f"{name} is not JSON")
 
 
-_scan = _json.make_scanner(_Settings)  # type: ignore[attr-defined]
-_encode = _json.make_encoder(None, None, _json.encode_basestring_ascii, None, ":", ",", False, False, True)  # type: ignore[attr-defined]
+_scan: Any = _json.make_scanner(_Settings)  # type: ignore[arg-type]
+_encode: Any = _json.make_encoder(
+    None, None, _json.encode_basestring_ascii, None, ":", ",", False, False, True)  # type: ignore[arg-type]
 SPACE = " \t\n\r"
 
 

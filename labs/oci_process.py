@@ -20,7 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-TIOCSPTLCK, TIOCGPTPEER, TIOCSWINSZ, TIOCGWINSZ, TIOCSCTTY = 0x40045431, 0x5441, 0x5414, 0x5413, 0x540E  # <asm-generic/ioctls.h>
+# <asm-generic/ioctls.h>
+TIOCSPTLCK, TIOCGPTPEER, TIOCSWINSZ, TIOCGWINSZ, TIOCSCTTY = 0x40045431, 0x5441, 0x5414, 0x5413, 0x540E
 POLICIES = {"SCHED_OTHER": 0, "SCHED_FIFO": 1, "SCHED_RR": 2, "SCHED_BATCH": 3, "SCHED_ISO": 4, "SCHED_IDLE": 5,
             "SCHED_DEADLINE": 6}  # <linux/sched.h>
 SCHED_FLAGS = ("RESET_ON_FORK", "RECLAIM", "DL_OVERRUN", "KEEP_POLICY", "KEEP_PARAMS", "UTIL_CLAMP_MIN",
@@ -65,10 +66,10 @@ def rlimits(process: dict[str, Any], pid: int) -> None:
     if process.get("rlimits"):
         import resource
     for limit in process.get("rlimits") or []:
-        values = tuple(resource.RLIM_INFINITY if limit[key] >= (1 << 64) - 1 else limit[key] for key in ("soft", "hard"))
+        soft, hard = (-1 if limit[key] >= (1 << 64) - 1 else limit[key] for key in ("soft", "hard"))  # RLIM_INFINITY
         number = getattr(resource, limit["type"], None)
         try:
-            resource.prlimit(pid, number or RLIMIT_LOCKS, values)
+            resource.prlimit(pid, number or RLIMIT_LOCKS, (soft, hard))
         except (ValueError, OSError) as error:
             raise KernelError(f"prlimit {limit['type']}", getattr(error, "errno", None) or errno.EINVAL) from error
 
@@ -127,9 +128,9 @@ def _setgroups_denied() -> bool:
         return False
 
 
-def seccomp(filter: Any, listener: int, state: bytes) -> None:
+def seccomp(program: Any, listener: int, state: bytes) -> None:
     """linux.seccomp: seccomp(2).  With NOTIFY the listener's descriptor goes to the agent with the state."""
-    if filter and (fd := filter.install()) >= 0:
+    if program and (fd := program.install()) >= 0:
         socket(fileno=listener).sendmsg([state], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", fd))])
         os.close(fd)
 
@@ -150,7 +151,7 @@ def _home(uid: int) -> str:
                     return fields[5] or "/"
     except OSError:
         pass
-    return "/root" if uid == 0 else "/"
+    return "/"
 
 
 def find(process: dict[str, Any], env: dict[str, str]) -> str:

@@ -172,6 +172,8 @@ class Root:
         """One entry of "mounts": mount(8)'s options, filesystems(5)."""
         options, target = Options(mount.get("options") or []), mount["destination"]
         kind = mount.get("type") or "none"
+        if kind == "tmpfs" and not any(word.startswith("mode=") for word in options.data):
+            options.data += self._mode_of(target)
         if tree < 0 and kind == "cgroup":
             tree = self._cgroup(mount, options, cgroup)
         elif tree < 0:
@@ -186,13 +188,23 @@ class Root:
                             recursive=bool(options.propagation & MS_REC))
         os.close(onto)
 
+    def _mode_of(self, target: str) -> list[str]:
+        """A tmpfs without a mode has that of the directory it covers, as runc and crun have it."""
+        fd = self._existing(target)
+        if fd < 0:
+            return []
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        os.close(fd)
+        return [f"mode={mode:o}"]
+
     def _plain(self, target: str) -> int:
         """The target of proc and sysfs, through no link: what reads them trusts them."""
         os.close(self.make(target, folder=True))
         try:
             return self.open(clean(target), RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS, os.O_PATH | os.O_DIRECTORY)
         except KernelError as error:
-            raise BadInput("mounts.destination", target, "must be a directory, not a link, for proc and sysfs") from error
+            rule = "must be a directory, not a link, for proc and sysfs"
+            raise BadInput("mounts.destination", target, rule) from error
 
     def _filesystem(self, mount: dict[str, Any], options: Options, kind: str) -> int:
         """A new filesystem, mounted nowhere yet: fsopen(2), fsconfig(2), fsmount(2)."""
@@ -246,8 +258,10 @@ class Root:
 
     def devices(self, extra: list[dict[str, Any]], bind: bool) -> None:
         """The default devices and linux.devices, and the links of /dev (config-linux.md, "Default Devices")."""
+        given = {clean(entry["path"]) for entry in extra}
         for name, number in DEVICES.items():
-            self.device(f"/dev/{name}", stat.S_IFCHR, number, 0o666, (0, 0), bind)
+            if f"/dev/{name}" not in given:
+                self.device(f"/dev/{name}", stat.S_IFCHR, number, 0o666, (0, 0), bind)
         for entry in extra:
             kind = {"b": stat.S_IFBLK, "p": stat.S_IFIFO}.get(entry["type"], stat.S_IFCHR)
             number = (entry.get("major", 0), entry.get("minor", 0))
@@ -365,6 +379,10 @@ def _copy(source: str, target: str) -> None:
     """tmpcopyup: what the image has under the mount point is copied into the tmpfs."""
     from shutil import copytree
     copytree(source + "/.", target + "/.", symlinks=True, dirs_exist_ok=True)
+    for folder, names, files in os.walk(source):
+        for name in (".", *names, *files):
+            there = os.lstat(f"{folder}/{name}")
+            os.chown(f"{target}{folder.removeprefix(source)}/{name}", there.st_uid, there.st_gid, follow_symlinks=False)
 
 
 def _replace_ptmx(folder: int, name: str, target: str) -> None:

@@ -27,7 +27,7 @@ def validator(name: str, spec: str = "runtime-spec") -> Draft4Validator:
 
     def retrieve(uri: str) -> Resource[Any]:
         file = SPECS / spec / "schema" / Path(urlsplit(uri).path).name
-        return Resource(json.loads(file.read_text(encoding="utf-8")), DRAFT4)
+        return Resource(contents=json.loads(file.read_text(encoding="utf-8")), specification=DRAFT4)
 
     registry: Registry[Any] = Registry(retrieve=retrieve)  # type: ignore[call-arg]
     return Draft4Validator(retrieve(name).contents, registry=registry)
@@ -41,4 +41,4 @@ def errors(value: object, name: str = "config-schema.json", spec: str = "runtime
 
 def _field(error: ValidationError) -> str:
     """Where in the value: process.args, mounts[2].type; the whole value is $, as in JSONPath."""
-    return error.json_path.removeprefix("$.")
+    return str(error.json_path).removeprefix("$.")

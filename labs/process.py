@@ -15,7 +15,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn, TypeVar
 
 from labs.errors import BadInput, ChildFailed, CommandNotFound, KernelError, NotExecutable, Timeout
@@ -308,6 +308,15 @@ def cmdline(pid: int) -> list[str]:
     """The arguments the process was started with; empty for a kernel thread and for a zombie."""
     with open(f"/proc/{pid}/cmdline", "rb") as file:
         return os.fsdecode(file.read()).split("\0")[:-1]
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """What each open file of a process is, as the links in /proc/PID/fd say it."""
+    found: dict[int, str] = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed while we were reading
+            found[int(name)] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
 
 
 def pids() -> list[int]:

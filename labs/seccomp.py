@@ -54,7 +54,7 @@ def action(name: str, number: int | None) -> int:
     return ACTIONS[name] | ((EPERM if number is None else number) & 0xFFFF if name in WITH_NUMBER else 0)
 
 
-def compile(profile: dict[str, Any], machine: str = syscalls.MACHINE) -> list[Instruction]:
+def compile_profile(profile: dict[str, Any], machine: str = syscalls.MACHINE) -> list[Instruction]:
     """The filter of a profile (linux.seccomp of config.json): at most 4096 instructions (code, jt, jf, k)."""
     default = action(profile["defaultAction"], profile.get("defaultErrnoRet"))
     if machine not in NATIVE:
@@ -141,18 +141,17 @@ def _test(test: dict[str, Any], rest: int) -> list[Instruction]:
     return [*load_high, (JGT, above, 0, h), (JEQ, 0, below, h), *load_low, (*compare, l)]
 
 
-_library: Any = None
+_tables: dict[str, Any] = {}
 
 
 def resolve(name: str, token: int) -> int | None:
     """The number of a call on an architecture, from libseccomp's tables; None where it has no such call."""
-    global _library
-    if _library is None:
+    if not _tables:
         try:
-            _library = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name_arch
+            _tables["resolve"] = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name_arch
         except OSError as error:
             raise BadInput("linux.seccomp", "libseccomp.so.2", "is needed for the numbers of system calls") from error
-    number: int = _library(ctypes.c_uint32(token), name.encode())
+    number: int = _tables["resolve"](ctypes.c_uint32(token), name.encode())
     return number if number >= 0 else None
 
 
@@ -169,7 +168,7 @@ class Filter:
         self.flags = sum(FLAGS[flag] for flag in set(profile.get("flags") or []))
         if self.listening:
             self.flags |= NEW_LISTENER | (TSYNC_ESRCH if self.flags & FLAGS["SECCOMP_FILTER_FLAG_TSYNC"] else 0)
-        self.code = assemble(compile(profile))
+        self.code = assemble(compile_profile(profile))
 
     def install(self) -> int:
         """seccomp(2) for the calling process and what it becomes: the listener's file descriptor, or -1."""

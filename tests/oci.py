@@ -93,7 +93,9 @@ class Bundle:
 
     def write(self, script: str = "", patch: dict[str, Any] | None = None) -> Bundle:
         """config.json: the base with the patch, and sh -c script as the command."""
-        config = patched(BASE, patch or {})
+        return self.write_config(patched(BASE, patch or {}), script)
+
+    def write_config(self, config: dict[str, Any], script: str = "") -> Bundle:
         if script:
             config["process"]["args"] = ["sh", "-c", script]
         config["linux"].setdefault("cgroupsPath", f"/{self.name}")
@@ -179,14 +181,17 @@ def _mounts(lines: list[str], made: Bundle) -> list[str]:
     """A mount as "TARGET TYPE SOURCE ROOT OPTIONS SUPER PROPAGATION"; of a masked path only that it is."""
     rows, masked = [], made.config["linux"].get("maskedPaths") or []
     for line in lines:
-        left_half, _, right_half = line.partition(" - ")
-        _, _, number, root, target, options, *tags = left_half.split()
+        left_half, dash, right_half = line.partition(" - ")
+        if not dash:
+            continue  # there is no /proc
+        _, _, _, root, target, options, *tags = left_half.split()
         kind, source, more = right_half.split(" ")
         propagation = ",".join(re.sub(":.*", "", tag) for tag in tags) or "private"
         if target in masked:
             rows.append(f"{target} is masked, {propagation}")
             continue
-        del number
+        if kind in ("cgroup2", "sysfs"):  # one filesystem, named and made by whoever mounted it first
+            source = more = "-"
         options, more = (",".join(sorted(text.split(","))) for text in (options, more))
         rows.append(f"{target} {kind} {source} {root} {options} {more} {propagation}")
     return sorted(rows, key=lambda row: row.split()[0])

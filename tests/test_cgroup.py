@@ -139,8 +139,8 @@ def test_a_broken_device_rule(rule):
 
 
 def test_device_rules_are_parsed():
-    assert vars(devices.parse("c 1:3 rwm")) == {"type": 2, "major": 1, "minor": 3, "access": 7, "allow": True}
-    assert vars(devices.parse("b *:* m")) == {"type": 1, "major": None, "minor": None, "access": 1, "allow": True}
+    assert vars(devices.parse("c 1:3 rwm")) == {"kind": 2, "major": 1, "minor": 3, "access": 7, "allow": True}
+    assert vars(devices.parse("b *:* m")) == {"kind": 1, "major": None, "minor": None, "access": 1, "allow": True}
 
 
 def open_devices(group, attempts):
