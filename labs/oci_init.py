@@ -81,8 +81,8 @@ class Init:
         self._settle()
         if self.process.get("terminal"):
             self._terminal()
-        self._command()
         os.umask(0o022)
+        self._command()
         send(self.sync, b"ready")
         self.sync.close()
 

@@ -27,7 +27,7 @@ def validator(name: str, spec: str = "runtime-spec") -> Draft4Validator:
 
     def retrieve(uri: str) -> Resource[Any]:
         file = SPECS / spec / "schema" / Path(urlsplit(uri).path).name
-        return Resource(contents=json.loads(file.read_text(encoding="utf-8")), specification=DRAFT4)
+        return DRAFT4.create_resource(json.loads(file.read_text(encoding="utf-8")))
 
     registry: Registry[Any] = Registry(retrieve=retrieve)  # type: ignore[call-arg]
     return Draft4Validator(retrieve(name).contents, registry=registry)

@@ -31,7 +31,7 @@ CALLS = (
 )  # fmt: skip
 # 1234  mount("proc", …) = 0, or in two halves when another process came between: strace(1), "unfinished ...".
 LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<args>.*)\) += (?P<result>.*)")
-BEGUN = re.compile(r"(?P<pid>\d+) +(?P<text>\w+\(.*?),? *<unfinished \.\.\.>$")
+BEGUN = re.compile(r"(?P<pid>\d+) +(?P<text>\w+\(.*?) *<unfinished \.\.\.>$")
 ENDED = re.compile(r"(?P<pid>\d+) +<\.\.\. \w+ resumed>(?P<text>.*)$")
 # Go's threads and vforks, and questions to the kernel: how a program runs, not what it does to a container.
 PLUMBING = re.compile(r"CLONE_VM|PR_GET_|PR_CAPBSET_READ|PR_CAP_AMBIENT_IS_SET|SECCOMP_GET_|^BPF_(?!PROG_ATTACH)")
