@@ -170,5 +170,5 @@ def _short(arg: str) -> str:
         return "" if re.match(r"/proc/self/fd/\d+$", text) else text
     if arg.startswith("{"):
         arg = "|".join(re.findall(r"\b(?:flags|attr_set|propagation)=([A-Z][\w|]*)", arg))
-    flags = [PREFIX.sub("", flag) for flag in arg.split("|") if not DULL_FLAG.fullmatch(flag)]
+    flags = [PREFIX.sub("", flag) for flag in arg.removeprefix("flags=").split("|") if not DULL_FLAG.fullmatch(flag)]
     return "|".join(flag for flag in flags if re.match("[A-Z]", flag))
