@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.container import bundle
 from bench.table import Row, main, show, side_by_side
+from labs import cgroup
 
 LABS = str(Path(__file__).resolve().parent.parent / "bin" / "labs-runtime")
 RUNTIMES = {"labs-runtime": LABS, "runc": "runc", "crun": "crun"}
@@ -53,7 +54,7 @@ def _each(who: str, path: str, argv: Sequence[str]) -> Callable[[], object]:
 
 
 def memory(place: str) -> None:
-    """Resident memory in KiB: of process 1 while it waits for start, and the most that `run` itself used."""
+    """Memory in KiB: resident in process 1 while it waits for start, and the most that the whole of `run` held."""
     print(f"\nmemory, KiB{'':<17}{'waiting':>10}{'run':>10}")
     for who, path in RUNTIMES.items():
         name = f"labs-m-{who}"
@@ -66,14 +67,11 @@ def memory(place: str) -> None:
 
 
 def _most(*argv: str) -> int:
-    """The largest resident set of a command, getrusage(2): wait4 of a child of our own."""
-    import os
-
-    pid = os.posix_spawnp(argv[0], argv, os.environ)
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(argv)}: ended with {status}")
-    return usage.ru_maxrss
+    """The most memory a command and its children held at once, in KiB: memory.peak of a cgroup of its own."""
+    with cgroup.create() as group:
+        if (ended := group.spawn(argv).wait()).code:
+            raise SystemExit(f"{' '.join(argv)}: ended with {ended}")
+        return int(group.read("memory.peak")) // 1024
 
 
 def podman(runs: int) -> list[Row]:

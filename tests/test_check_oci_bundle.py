@@ -100,6 +100,12 @@ def test_by_hand(create):
     assert "もうありません" in check.by_hand(pid, fifo).message
 
 
+def test_by_hand_with_the_fifo_removed_too_early(create):
+    pid, fifo = create()
+    fifo.unlink()
+    assert "読み側を開けません" in check.by_hand(pid, fifo).message
+
+
 @pytest.mark.parametrize(
     ("linux", "hint"),
     [

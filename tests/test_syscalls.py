@@ -155,7 +155,8 @@ def test_capget_and_capset_agree_with_proc():
         sets = syscalls.capget()
         syscalls.capset(syscalls.Capabilities(sets.effective & ~1, sets.permitted, sets.inheritable))
         fields = process.status_fields(os.getpid())
-        return [masks(sets), masks(syscalls.capget()), [int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh")]]
+        shown = [int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh")]
+        return [masks(sets), masks(syscalls.capget()), shown]
     before, after, shown = process.call(child)
     assert after == shown
     assert after[0] == before[0] & ~1

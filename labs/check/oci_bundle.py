@@ -36,6 +36,7 @@ def by_hand(pid: int, fifo: Path) -> Steps:
     try:
         process.until(lambda: not process.status(pid).name.startswith("runc"), 1)
     except Timeout:
+        yield fifo.exists(), "`runc init` が待っているのに、fifo の名前を消しました。もう誰も読み側を開けません。`delete` して、やり直してください。"
         yield False, "まだ `runc init` が fifo の前で待っています。反対側、つまり読み側を開いてください。"
     yield not fifo.exists(), "プログラムは走り出しましたが、`exec.fifo` が残っています。runc はこれがあるかぎり `created` と答えます。"
     return "fifo を読んで消すこと、それが `runc start` のしていることのすべてです。"
