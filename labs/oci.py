@@ -33,7 +33,7 @@ from labs.oci_init import Init, compile_filter, connect_listener, host_proc, joi
 from labs.oci_spawn import FLAGS, hand_over, id_maps, receive, revive, send, spawn, spawn_from
 from labs.oci_state import (
     ROOT,
-    Container,
+    OciContainer,
     Options,
     check_name,
     read_config,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-__all__ = ["ROOT", "Container", "Options", "create", "delete", "execute", "kill", "names", "pause", "pids", "start"]
+__all__ = ["ROOT", "OciContainer", "Options", "create", "delete", "execute", "kill", "names", "pause", "pids", "start"]
 
 
 def create(options: Options, name: str) -> tuple[int, int]:
@@ -213,7 +213,7 @@ def oom_score_adj(process: dict[str, Any], pid: int) -> None:
 
 def start(options: Options, name: str) -> None:
     """Let process 1 go on to its command; returns when execve(2) has been called, raises what stopped it."""
-    container = Container(options.root, name)
+    container = OciContainer(options.root, name)
     if (status := container.status()) != "created":
         raise BadInput("start", name, f"cannot start a container that is {status}")
     gate = socket(AF_UNIX, SOCK_SEQPACKET)
@@ -234,7 +234,7 @@ def start(options: Options, name: str) -> None:
 
 def kill(options: Options, name: str, number: int, everyone: bool = False) -> None:
     """Send process 1 (or every process of the cgroup) a signal."""
-    container = Container(options.root, name)
+    container = OciContainer(options.root, name)
     if everyone and container.saved["manager"] != "disabled":
         for pid in oci_cgroup.members(container.cgroup) if os.path.isdir(container.cgroup) else []:
             os.kill(pid, number)
@@ -248,7 +248,7 @@ def kill(options: Options, name: str, number: int, everyone: bool = False) -> No
 def delete(options: Options, name: str, force: bool = False) -> None:
     """Remove what create made; a running container only by force.  Then the hooks poststop."""
     try:
-        container = Container(options.root, name)
+        container = OciContainer(options.root, name)
     except BadInput:
         if force:
             machine.remove_tree(f"{options.root}/{check_name(name)}")
@@ -271,7 +271,7 @@ def delete(options: Options, name: str, force: bool = False) -> None:
 
 def pause(options: Options, name: str, frozen: bool) -> None:
     """Freeze or thaw the container's cgroup."""
-    container, wanted = Container(options.root, name), "running" if frozen else "paused"
+    container, wanted = OciContainer(options.root, name), "running" if frozen else "paused"
     if (status := container.status()) != wanted:
         raise BadInput("pause" if frozen else "resume", name, f"the container is {status}, not {wanted}")
     oci_cgroup.freeze(container.cgroup, frozen)
@@ -285,12 +285,12 @@ def names(options: Options) -> list[str]:
 
 def pids(options: Options, name: str) -> list[int]:
     """Every process of the container, as the host numbers them."""
-    return oci_cgroup.members(Container(options.root, name).cgroup)
+    return oci_cgroup.members(OciContainer(options.root, name).cgroup)
 
 
 def execute(options: Options, name: str, process: dict[str, Any], ignore_paused: bool = False) -> tuple[int, int]:
     """Start a further process in a running container: its pid, and the terminal's main end or -1."""
-    container = Container(options.root, name)
+    container = OciContainer(options.root, name)
     status = container.status()
     if status not in ("running", "created") and not (status == "paused" and ignore_paused):
         raise BadInput("exec", name, f"cannot exec in a container that is {status}")
@@ -324,7 +324,7 @@ def execute(options: Options, name: str, process: dict[str, Any], ignore_paused:
     return pid, console
 
 
-def _group_of(container: Container) -> int:
+def _group_of(container: OciContainer) -> int:
     """The container's cgroup to clone into; -1 where a user namespace has no right to, or there is none."""
     if container.saved["manager"] == "disabled" or "user" in namespaces(container.config):
         return -1

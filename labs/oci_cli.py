@@ -150,7 +150,7 @@ def _process(options: oci.Options, given: dict[str, Any], words: list[str]) -> d
         return oci_config.process(value)
     if len(words) < 2:
         raise Usage("exec: needs a command, or --process FILE")
-    process = dict(oci.Container(options.root, words[0]).config["process"])
+    process = dict(oci.OciContainer(options.root, words[0]).config["process"])
     env = [*(process.get("env") or []), *given.get("env", [])]
     process.update(args=words[1:], terminal=bool(given.get("tty")), env=env)
     process["cwd"] = given.get("cwd") or process["cwd"]
@@ -180,7 +180,7 @@ def _user(user: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def state(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
     """state ID: the state object on standard output"""
     import json
-    print(json.dumps(oci.Container(options.root, words[0]).state(), indent=2))
+    print(json.dumps(oci.OciContainer(options.root, words[0]).state(), indent=2))
     return 0
 
 
@@ -225,7 +225,7 @@ def resume(options: oci.Options, given: dict[str, Any], words: list[str]) -> int
 
 def list_all(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
     """list [--quiet] [--format json]"""
-    states = [oci.Container(options.root, name).state() for name in oci.names(options)]
+    states = [oci.OciContainer(options.root, name).state() for name in oci.names(options)]
     if given.get("format") == "json":
         import json
         print(json.dumps(states))

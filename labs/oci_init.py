@@ -18,7 +18,7 @@ from labs.errors import BadInput, KernelError
 from labs.oci_config import namespaces
 from labs.oci_hooks import hooks
 from labs.oci_spawn import describe, send, send_fd, user_namespace
-from labs.oci_state import Container, Options, state_object
+from labs.oci_state import OciContainer, Options, state_object
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -273,8 +273,8 @@ def listen_environment(env: dict[str, str], preserve_fds: int) -> dict[str, str]
     return env | {"LISTEN_FDS": handed, "LISTEN_PID": "1"} if handed and preserve_fds else env
 
 
-def join_container(container: Container, pidfd: int, process: dict[str, Any], options: Options, sync: socket, proc: int,
-          program: Any, listener: int, state: dict[str, Any]) -> NoReturn:
+def join_container(container: OciContainer, pidfd: int, process: dict[str, Any], options: Options, sync: socket,
+                   proc: int, program: Any, listener: int, state: dict[str, Any]) -> NoReturn:
     """The joining process's half of exec."""
     try:
         seal()

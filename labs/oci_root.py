@@ -59,7 +59,7 @@ LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/sel
          "ptmx": "pts/ptmx", "core": "/proc/kcore"}
 
 
-class Options:
+class MountOptions:
     """The options of one mount, sorted by what they are for."""
 
     def __init__(self, words: list[str]) -> None:
@@ -95,7 +95,7 @@ def sources(config: dict[str, Any], bundle: str, user_namespace: Any) -> list[in
     """
     trees = []
     for at, mount in enumerate(config.get("mounts") or []):
-        options = Options(mount.get("options") or [])
+        options = MountOptions(mount.get("options") or [])
         if options.copy_up:
             import shutil  # noqa: F401  process 1 may import nothing
         if mount.get("type") == "bind":
@@ -104,7 +104,7 @@ def sources(config: dict[str, Any], bundle: str, user_namespace: Any) -> list[in
     return trees
 
 
-def _source(field: str, mount: dict[str, Any], options: Options, bundle: str, user_namespace: Any) -> int:
+def _source(field: str, mount: dict[str, Any], options: MountOptions, bundle: str, user_namespace: Any) -> int:
     path = os.path.join(bundle, mount.get("source") or "")
     try:
         tree = S.open_tree(path, CLONE | (AT_RECURSIVE if options.deep else 0))
@@ -141,7 +141,10 @@ class Root:
         first = PROPAGATION[propagation.removeprefix("r") if propagation not in PROPAGATION else propagation] \
             if propagation else MS_SLAVE
         S.mount(None, "/", None, MS_REC | (first if first in (MS_PRIVATE, MS_SLAVE) else MS_SLAVE))
-        S.move_mount(S.open_tree(self.path, CLONE | AT_RECURSIVE), self.path)
+        tree = S.open_tree(self.path, CLONE | AT_RECURSIVE)
+        S.mount_setattr(tree, propagation=MS_PRIVATE)
+        S.move_mount(tree, self.path)
+        os.close(tree)
         self.fd = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def open(self, path: str, resolve: int = RESOLVE_IN_ROOT, flags: int = os.O_PATH) -> int:
@@ -170,7 +173,7 @@ class Root:
 
     def mount(self, mount: dict[str, Any], tree: int, cgroup: str) -> None:
         """One entry of "mounts": mount(8)'s options, filesystems(5)."""
-        options, target = Options(mount.get("options") or []), mount["destination"]
+        options, target = MountOptions(mount.get("options") or []), mount["destination"]
         kind = mount.get("type") or "none"
         if kind == "tmpfs" and not any(word.startswith("mode=") for word in options.data):
             options.data += self._mode_of(target)
@@ -206,7 +209,7 @@ class Root:
             rule = "must be a directory, not a link, for proc and sysfs"
             raise BadInput("mounts.destination", target, rule) from error
 
-    def _filesystem(self, mount: dict[str, Any], options: Options, kind: str) -> int:
+    def _filesystem(self, mount: dict[str, Any], options: MountOptions, kind: str) -> int:
         """A new filesystem, mounted nowhere yet: fsopen(2), fsconfig(2), fsmount(2)."""
         words = [*options.data, *(["ro"] if options.set & MOUNT_ATTR_RDONLY and kind != "tmpfs" else [])]
         context = -1
@@ -228,7 +231,7 @@ class Root:
         os.close(context)
         return tree
 
-    def _cgroup(self, mount: dict[str, Any], options: Options, cgroup: str) -> int:
+    def _cgroup(self, mount: dict[str, Any], options: MountOptions, cgroup: str) -> int:
         """The cgroup filesystem: a new mount in a cgroup namespace, else the container's own directory."""
         options.data = []
         try:
@@ -321,6 +324,7 @@ class Root:
             S.move_mount(_new("tmpfs", {"size": "0"}, MOUNT_ATTR_RDONLY), target_fd=target)
         else:
             tree = S.open_tree("/dev/null", CLONE)
+            S.mount_setattr(tree, propagation=MS_PRIVATE)  # nothing of the host's /dev comes in
             S.move_mount(tree, target_fd=target)
             os.close(tree)
         os.close(target)

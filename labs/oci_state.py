@@ -35,7 +35,7 @@ def check_name(name: str) -> str:
     return name
 
 
-class Container:
+class OciContainer:
     """A container that has been created, by its directory; what is in state.json, and what the kernel says now."""
 
     def __init__(self, root: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def legal(config: dict[str, Any]) -> Steps:
     wrong = errors(config)
     yield not wrong, f"スキーマが断りました。`{wrong[0] if wrong else ''}`"
     written = config.get("root", {}).get("readonly") is True
-    yield written, "スキーマには合格しましたが、`root.readonly` がありません。知らない項目は黙って無視されます。大文字と小文字まで、仕様と見比べてください。"
+    yield written, "スキーマには合格しましたが、`root.readonly` が `true` になっていません。知らない項目は黙って無視されます。大文字と小文字まで、仕様と見比べてください。"
     kinds = [namespace["type"] for namespace in config.get("linux", {}).get("namespaces", [])]
     yield "mount" in kinds, "mount namespace がありません。このままでは、呼び出した人の mount namespace にマウントが残ります。"
     targets = [mount["destination"] for mount in config.get("mounts", []) if mount.get("type") == "proc"]
@@ -43,8 +44,10 @@ def by_hand(pid: int, fifo: Path) -> Steps:
 
 
 @exercise
-def guarded(pid: int) -> Steps:
-    """A container in which /proc/version is hidden and /proc/irq cannot be written."""
+def guarded(said: str) -> Steps:
+    """A container in which /proc/version is hidden and /proc/irq cannot be written; said is what `runc state` says."""
+    yield said.startswith("{"), "runc がこの設定を断り、コンテナはありません。二つの項目の値は、実在するパスを並べた一覧です。"
+    pid = json.loads(said)["pid"]
     yield Path(f"/proc/{pid}").exists(), GONE
     hidden = os.stat(f"/proc/{pid}/root/proc/version").st_rdev == NULL
     over = {mount.target: mount.options.split(",") for mount in mounts.table(pid)}
