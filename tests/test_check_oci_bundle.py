@@ -117,6 +117,11 @@ def test_by_hand_with_the_fifo_removed_too_early(create):
     ],
 )
 def test_guarded(create, linux, hint):
-    verdict = check.guarded(create(**linux)[0])
+    pid, _ = create(**linux)
+    verdict = check.guarded(json.dumps({"pid": pid}))
     assert verdict.passed is not bool(hint)
     assert hint in verdict.message
+
+
+def test_guarded_without_a_container():
+    assert "断り" in check.guarded("container does not exist").message
