@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal
 from _socket import SCM_RIGHTS, SOL_SOCKET, socket
@@ -145,7 +146,10 @@ def environment(process: dict[str, Any]) -> dict[str, str]:
 
 def _home(uid: int) -> str:
     try:
-        with open("/etc/passwd", encoding="utf-8", errors="replace") as file:
+        fd = os.open("/etc/passwd", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO nobody would ever wake us
+        with open(fd, encoding="utf-8", errors="replace") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return "/"
             for fields in (line.rstrip("\n").split(":") for line in file):
                 if len(fields) > 5 and fields[2] == str(uid):
                     return fields[5] or "/"

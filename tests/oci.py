@@ -1,4 +1,4 @@
-"""What the tests of the OCI runtime share: a bundle of a few files, a runtime's command line, and what is seen inside."""
+"""What the tests of the OCI runtime share: a bundle, a runtime's command line, and what is seen inside."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import copy
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labs import machine
+from labs import machine, syscalls
 
 LABS = str(Path(__file__).parent.parent / "bin/labs-runtime")
 RUNTIMES = {"labs": LABS, "runc": "runc", "crun": "crun"}
@@ -24,7 +23,7 @@ MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/f
 BASE: dict[str, Any] = {
     "ociVersion": "1.0.2",
     "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "env": [PATH, "TERM=xterm"], "cwd": "/",
-                "capabilities": {name: CAPABILITIES for name in ("bounding", "effective", "permitted")},
+                "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES),
                 "noNewPrivileges": True},
     "root": {"path": "rootfs"},
     "hostname": "box",
@@ -54,13 +53,11 @@ echo @env; env | sort
 echo @cwd; pwd
 echo @limits; cat /proc/self/limits
 echo @oom; cat /proc/self/oom_score_adj
-echo @namespaces; for n in cgroup ipc mnt net pid time user uts; do echo $n $(readlink /proc/self/ns/$n); done
-echo @dev; find /dev -xdev | sort | while read f; do
-  echo $f $(stat -c '%F %a %u:%g %t:%T' $f) $(readlink $f); done
+echo @namespaces; stat -c %N /proc/self/ns/*
+echo @dev; find /dev -xdev | sort | xargs stat -c '%N %F %a %u:%g %t:%T'
 echo @maps; cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups
 echo @files; for f in 0 1 2 3 4 5 6 7 8 9 10 11 12; do [ -e /proc/self/fd/$f ] && echo $f; done
 echo @links; cat /sys/class/net/lo/flags
-echo @probe
 """
 
 
@@ -109,7 +106,7 @@ class Bundle:
         return subprocess.run([*self.line(runtime), *words], text=True, cwd=self.path, timeout=120, **more)
 
     def line(self, runtime: str = "labs") -> list[str]:
-        return [RUNTIMES[runtime], "--root", str(self.state)]
+        return [RUNTIMES.get(runtime, runtime), "--root", str(self.state)]
 
     def run(self, runtime: str = "labs", *options: str) -> subprocess.CompletedProcess[str]:
         return self.call("run", *options, self.name, runtime=runtime)
@@ -135,7 +132,9 @@ class Bundle:
 def bundle(script: str = "", patch: dict[str, Any] | None = None) -> Iterator[Bundle]:
     """A bundle that is gone afterwards, with whatever was started from it."""
     path = Path(tempfile.mkdtemp(prefix="labs-oci-"))
-    path.chmod(0o755)
+    # A mount of its own: what the host's /tmp passes on (nosuid, nodev, shared) is no business of the runtimes'.
+    syscalls.mount("bundle", str(path), "tmpfs", 0, "mode=755")
+    syscalls.mount(None, str(path), None, syscalls.MS_PRIVATE)
     made = Bundle(path)
     try:
         if script or patch:
@@ -144,7 +143,8 @@ def bundle(script: str = "", patch: dict[str, Any] | None = None) -> Iterator[Bu
     finally:
         for name in os.listdir(made.state) if made.state.is_dir() else []:
             made.call("delete", "--force", name)
-        shutil.rmtree(path)
+        syscalls.umount2(str(path), syscalls.MNT_DETACH)
+        path.rmdir()
 
 
 def left(made: Bundle) -> list[str]:
@@ -159,39 +159,46 @@ def left(made: Bundle) -> list[str]:
 
 
 def facts(output: str, made: Bundle, known: dict[str, str]) -> dict[str, list[str]]:
-    """The output of FACTS, by section, without what is new in every container."""
+    """The output of FACTS without what is new in every container: by section, and by mount, device and namespace."""
     found: dict[str, list[str]] = {"": []}
     lines = found[""]
     for line in output.replace(str(made.path), "BUNDLE").replace(made.name, "NAME").splitlines():
-        if re.fullmatch("@[a-z]+", line):
+        if re.fullmatch("@[a-z_]+", line):
             lines = found.setdefault(line[1:], [])
         else:
             lines.append(line)
-    found["mounts"] = _mounts(found.get("mounts", []), made)
-    found["namespaces"] = [_namespace(line, known) for line in found.get("namespaces", [])]
+    for section, split in (("mounts", _mount), ("namespaces", _namespace), ("dev", _device)):
+        for line in found.pop(section, []):
+            what, text = split(line, made, known)
+            found.setdefault(f"{section} {what}", []).append(text)
+    if not os.path.exists("/proc/kcore"):  # a sandbox without it: runc leaves out the link, labs and crun do not
+        found.pop("dev /dev/core", None)
     return found
 
 
-def _namespace(line: str, known: dict[str, str]) -> str:
-    kind, _, link = line.partition(" ")
-    return f"{kind} {'host' if link == os.readlink(f'/proc/self/ns/{kind}') else known.get(link, 'new')}"
+def _namespace(line: str, _: Bundle, known: dict[str, str]) -> tuple[str, str]:
+    kind, _, link = line.replace("'", "").removeprefix("/proc/self/ns/").partition(" -> ")
+    if not link:
+        return "", line
+    return kind, "host" if link == os.readlink(f"/proc/self/ns/{kind}") else known.get(link, "new")
 
 
-def _mounts(lines: list[str], made: Bundle) -> list[str]:
-    """A mount as "TARGET TYPE SOURCE ROOT OPTIONS SUPER PROPAGATION"; of a masked path only that it is."""
-    rows, masked = [], made.config["linux"].get("maskedPaths") or []
-    for line in lines:
-        left_half, dash, right_half = line.partition(" - ")
-        if not dash:
-            continue  # there is no /proc
-        _, _, _, root, target, options, *tags = left_half.split()
-        kind, source, more = right_half.split(" ")
-        propagation = ",".join(re.sub(":.*", "", tag) for tag in tags) or "private"
-        if target in masked:
-            rows.append(f"{target} is masked, {propagation}")
-            continue
-        if kind in ("cgroup2", "sysfs"):  # one filesystem, named and made by whoever mounted it first
-            source = more = "-"
-        options, more = (",".join(sorted(text.split(","))) for text in (options, more))
-        rows.append(f"{target} {kind} {source} {root} {options} {more} {propagation}")
-    return sorted(rows, key=lambda row: row.split()[0])
+def _device(line: str, *_: object) -> tuple[str, str]:
+    path, _, text = line.replace("'", "").partition(" ")
+    return path, text
+
+
+def _mount(line: str, made: Bundle, _: object) -> tuple[str, str]:
+    """A mount as its target and "TYPE SOURCE ROOT OPTIONS SUPER PROPAGATION"; of a masked path only that it is."""
+    left_half, dash, right_half = line.partition(" - ")
+    if not dash:
+        return "", line
+    _, _, _, root, target, options, *tags = left_half.split()
+    kind, source, more = right_half.split(" ")
+    propagation = ",".join(re.sub(":.*", "", tag) for tag in tags) or "private"
+    if target in (made.config["linux"].get("maskedPaths") or []):
+        return target, "masked"
+    if kind in ("cgroup2", "sysfs"):  # one filesystem, named and made by whoever mounted it first
+        source = more = "-"
+    options, more = (",".join(sorted(text.split(","))) for text in (options, more))
+    return target, f"{kind} {source} {root} {options} {more} {propagation}"

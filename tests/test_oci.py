@@ -87,14 +87,14 @@ def test_the_state_has_what_the_others_have(made, runtime):
         shown[each] = state(made, each)
         made.good("delete", "--force", made.name, runtime=each)
     assert set(shown["labs"]) - {"owner"} == set(shown[runtime]) - {"owner", "systemd-scope", "command"}
-    for key in ("id", "status", "bundle", "rootfs", "annotations"):
+    assert shown[runtime].pop("rootfs") in (shown["labs"].pop("rootfs"), "rootfs")  # crun has it as config.json does
+    for key in ("id", "status", "bundle", "annotations"):
         assert shown["labs"][key] == shown[runtime][key], key
 
 
 def test_the_exit_status_is_that_of_the_command(made):
-    for script, status in (("exit 0", 0), ("exit 42", 42), ("kill -9 $$; sleep 9", 0)):
-        done = made.write(script, {"process.args": None}).run()
-        assert done.returncode in (status, 137) if "kill" in script else done.returncode == status
+    for script, status in (("exit 0", 0), ("exit 42", 42)):
+        assert made.write(script).run().returncode == status
     assert made.write("exec 2>/dev/null; kill -KILL $$", {"linux.namespaces": [{"type": "mount"}, {"type": "ipc"}],
                       "hostname": None}).run().returncode == 137
 
@@ -125,7 +125,7 @@ def test_a_killed_container_ends_with_137(made):
 
 
 def test_kill_all_without_a_pid_namespace_reaches_everybody(made):
-    made.write("sleep 1001 & sleep 1002", {"linux.namespaces": [{"type": "mount"}, {"type": "uts"}]})
+    made.write("sleep 1001 & sleep 1002; exit", {"linux.namespaces": [{"type": "mount"}, {"type": "uts"}]})
     quietly(made, "run", "--detach", made.name)
     until(lambda: len(json.loads(made.good("ps", "--format", "json", made.name))) == 3)
     made.good("kill", "--all", made.name, "KILL")
@@ -213,9 +213,9 @@ def test_exec_as_another_user(running):
 
 
 def test_exec_of_a_process_file_detached_with_its_pid(running):
-    process = {"args": ["sh", "-c", "echo $X > /said; umask > /umask; exec sleep 500"], "cwd": "/tmp", "env": [oci.PATH, "X=y"],
-               "user": {"uid": 0, "gid": 0, "umask": 0o27}, "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 50, "hard": 60}],
-               "oomScoreAdj": 700}
+    process = {"args": ["sh", "-c", "echo $X > /said; umask > /umask; exec sleep 500"], "cwd": "/tmp",
+               "env": [oci.PATH, "X=y"], "user": {"uid": 0, "gid": 0, "umask": 0o27}, "oomScoreAdj": 700,
+               "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 50, "hard": 60}]}
     (running.path / "process.json").write_text(json.dumps(process))
     quietly(running, "exec", "--process", "process.json", "--detach", "--pid-file", "two", running.name)
     pid = int((running.path / "two").read_text())
@@ -292,8 +292,8 @@ def test_a_terminal_is_the_same_as_runcs(made):
 
 def test_a_terminal_of_run_itself(made):
     made.write("tty; echo typed $(head -c 3)", {"process.terminal": True})
-    done = made.call("run", made.name, stdin=subprocess.PIPE) if False else subprocess.run(
-        [*made.line(), "run", made.name], cwd=made.path, input="abc\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*made.line(), "run", made.name], cwd=made.path, input="abc\n", capture_output=True,
+                          text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert "/dev/pts/0" in done.stdout and "typed abc" in done.stdout
 
@@ -313,48 +313,47 @@ def test_the_log_is_json_where_that_is_asked_for(made):
 KINDS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 
 
-def hooks(made, said):
-    """A hook of every kind, two of the first: each adds its name, the state's status, and where it is."""
-    (made.rootfs / "out").mkdir()
+def hooks(made):
+    """Two hooks of every kind: each adds its name and the state's status to a file in the root filesystem."""
     script = 'read s; echo "$1 $(echo "$s" | grep -o \'"status": *"[a-z]*"\' | tr -d \' \')" >> {}'
     found = {}
     for kind in KINDS:
-        inside = kind == "startContainer"
-        path = "/bin/sh" if not inside else "/bin/sh"
-        file = "/said" if inside else f"{made.rootfs}/said"
-        found[kind] = [{"path": path, "args": ["sh", "-c", script.format(file), "sh", f"{kind}{n}"]} for n in range(2)]
-    del said
+        file = "/said" if kind == "startContainer" else f"{made.rootfs}/said"
+        args = [["sh", "-c", script.format(file), "sh", f"{kind}{n}"] for n in range(2)]
+        found[kind] = [{"path": "/bin/sh", "args": each} for each in args]
     return found
 
 
 def test_hooks_run_in_their_order_with_the_state(made):
     shown = {}
-    for runtime in ("labs", "runc", "crun"):
-        if not (made.rootfs / "out").exists():
-            found = hooks(made, None)
-        (made.rootfs / "said").unlink(missing_ok=True)
-        made.write("echo command >> /said", {"hooks": found})
+    made.write("echo command >> /said", {"hooks": hooks(made)})
+    for runtime in ("labs", "runc"):
         assert made.run(runtime).returncode == 0
         shown[runtime] = (made.rootfs / "said").read_text().splitlines()
+        (made.rootfs / "said").unlink()
     order = [line.split()[0] for line in shown["labs"]]
     assert [line for line in order if line not in ("command", "poststart0", "poststart1")] == [
         f"{kind}{n}" for kind in KINDS if kind != "poststart" for n in range(2)]
     assert order.index("startContainer1") < order.index("command") < order.index("poststop0")
-    assert sorted(shown["labs"]) == sorted(shown["runc"])
+    # runtime.md, "Lifecycle": poststart comes when the command runs; runc still says "created"
+    theirs = [re.sub('^(poststart. "status":)"created"', r'\1"running"', line) for line in shown["runc"]]
+    assert sorted(shown["labs"]) == sorted(theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hook_that_fails(made, kind):
     made.write("echo ran", {"hooks": {kind: [{"path": "/bin/false"}]}})
     ours, theirs = made.run(), made.run("runc")
-    assert bool(ours.returncode) == bool(theirs.returncode), theirs
-    assert ours.stdout == theirs.stdout
+    # config.md, "Posix-platform Hooks": after poststart a warning, and life goes on; runc ends the container
+    assert bool(ours.returncode) == bool(theirs.returncode and kind != "poststart"), theirs
+    assert ours.stdout == ("ran\n" if kind.startswith("post") else "")
     assert f"hooks.{kind}[0]" in ours.stderr
     assert oci.left(made) == []
 
 
 def test_a_hook_that_does_not_end_in_time(made):
-    made.write("echo ran", {"hooks": {"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "99"], "timeout": 1}]}})
+    slow = {"path": "/bin/sleep", "args": ["sleep", "99"], "timeout": 1}
+    made.write("echo ran", {"hooks": {"createRuntime": [slow]}})
     begun = time.monotonic()
     done = made.run()
     assert done.returncode == 1 and "within 1 s" in done.stderr and done.stdout == ""

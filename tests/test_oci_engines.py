@@ -1,4 +1,4 @@
-"""Podman and Docker run real containers on labs-runtime; what they see is compared with what their own runtime gives."""
+"""Podman and Docker run containers on labs-runtime: what they see is what their own runtime gives."""
 
 import json
 import os
@@ -13,8 +13,10 @@ from labs import machine, process
 RUNTIME = str(Path(__file__).resolve().parent.parent / "bin" / "labs-runtime")
 PODMAN = {"labs": ["podman", "--runtime", RUNTIME], "own": ["podman"]}
 DOCKER = {"labs": ["--runtime=labs"], "own": ["--runtime=runc"]}
-FACTS = "id; grep -E 'Cap|NoNew|Seccomp:' /proc/self/status; cat /proc/self/attr/current; hostname; pwd; ulimit -n; ls /dev; " \
-        "awk '{print $5, $5 ~ \"^/(proc|sys)/\" ? \"\" : $6}' /proc/self/mountinfo | sort | grep -v -e /etc/ -e /run/; cat /proc/sys/net/ipv4/ping_group_range"
+FACTS = r"""id; grep -E 'Cap|NoNew|Seccomp:' /proc/self/status
+cat /proc/self/attr/current; hostname; pwd; ulimit -n; ls /dev
+awk '{print $5, $5 ~ "^/(proc|sys)/" ? "" : $6}' /proc/self/mountinfo | sort | grep -v -e /etc/ -e /run/
+cat /proc/sys/net/ipv4/ping_group_range"""
 
 
 def out(*argv, check=True):
@@ -59,27 +61,28 @@ def test_podman_gives_the_same_container_on_both():
 
 
 def test_docker_gives_the_same_container_on_both():
-    options = ["--rm", "--network=none", "--hostname=h", "--memory=64m", "--pids-limit=50", "--cap-drop=MKNOD", "--read-only",
-               "--user=1000:1000", "--ulimit=nofile=77:77", "busybox:lab", "sh", "-c", FACTS]
+    options = ["--rm", "--network=none", "--hostname=h", "--memory=64m", "--pids-limit=50", "--cap-drop=MKNOD",
+               "--read-only", "--user=1000:1000", "--ulimit=nofile=77:77", "busybox:lab", "sh", "-c", FACTS]
     ours, theirs = (out("docker", "run", *DOCKER[who], *options) for who in ("labs", "own"))
     assert "docker-default (enforce)" in ours
     assert ours == theirs
 
 
 def test_podman_limits_are_in_the_cgroup_files(name):
-    out(*PODMAN["labs"], "run", "-d", "--name", name, "--network=none", "--memory=64m", "--memory-swap=96m", "--cpus=0.5",
-        "--pids-limit=50", "busybox:lab", "sleep", "300")
+    out(*PODMAN["labs"], "run", "-d", "--name", name, "--network=none", "--memory=64m", "--memory-swap=96m",
+        "--cpus=0.5", "--pids-limit=50", "busybox:lab", "sleep", "300")
     pid = int(out("podman", "inspect", "--format", "{{.State.Pid}}", name))
     group = Path("/sys/fs/cgroup" + Path(f"/proc/{pid}/cgroup").read_text().strip().partition("::")[2])
-    found = {file: (group / file).read_text().strip() for file in ("memory.max", "memory.swap.max", "cpu.max", "pids.max")}
-    assert found == {"memory.max": str(64 << 20), "memory.swap.max": str(32 << 20), "cpu.max": "50000 100000", "pids.max": "50"}
+    wanted = {"memory.max": str(64 << 20), "memory.swap.max": str(32 << 20), "cpu.max": "50000 100000",
+              "pids.max": "50"}
+    assert {file: (group / file).read_text().strip() for file in wanted} == wanted
     assert out("podman", "inspect", "--format", "{{.OCIRuntime}}", name).strip() == RUNTIME
 
 
 def test_podman_life_of_a_container(name, tmp_path):
     (tmp_path / "file").write_text("from the host")
-    out(*PODMAN["labs"], "run", "-d", "--name", name, "--network=none", "-v", f"{tmp_path}:/data:ro", "busybox:lab", "sh", "-c",
-        "echo started; sleep 300")
+    out(*PODMAN["labs"], "run", "-d", "--name", name, "--network=none", "-v", f"{tmp_path}:/data:ro", "busybox:lab",
+        "sh", "-c", "echo started; sleep 300")
     podman = [*PODMAN["labs"]]
     assert out(*podman, "exec", name, "cat", "/data/file") == "from the host"
     assert code(*podman, "exec", name, "touch", "/data/no") == 1
@@ -120,8 +123,8 @@ def test_both_engines_with_a_terminal():
 
 
 def test_docker_life_of_a_container(name):
-    out("docker", "run", "-d", "--name", name, *DOCKER["labs"], "--network=none", "--memory=64m", "busybox:lab", "sh", "-c",
-        "echo started; echo wrong >&2; sleep 300")
+    out("docker", "run", "-d", "--name", name, *DOCKER["labs"], "--network=none", "--memory=64m", "busybox:lab",
+        "sh", "-c", "echo started; echo wrong >&2; sleep 300")
     assert "docker-default (enforce)" in out("docker", "exec", name, "cat", "/proc/self/attr/current")
     said, status = on_a_terminal(["docker", "exec", "-it", name, "sh", "-c", "tty; exit 5"])
     assert "/dev/pts/0" in said and status == 5
@@ -139,8 +142,8 @@ def test_docker_life_of_a_container(name):
 
 
 def test_docker_restart_policy(name):
-    out("docker", "run", "-d", "--name", name, *DOCKER["labs"], "--network=none", "--restart=on-failure:2", "busybox:lab",
-        "sh", "-c", "exit 3")
+    out("docker", "run", "-d", "--name", name, *DOCKER["labs"], "--network=none", "--restart=on-failure:2",
+        "busybox:lab", "sh", "-c", "exit 3")
     def given_up():
         state = out("docker", "inspect", "--format", "{{.RestartCount}} {{.State.Status}} {{.State.ExitCode}}", name)
         return state.split() == ["2", "exited", "3"]
@@ -149,7 +152,7 @@ def test_docker_restart_policy(name):
 
 def test_a_command_that_is_not_there_says_so():
     for argv in ([*PODMAN["labs"], "run"], ["docker", "run", *DOCKER["labs"]]):
-        done = subprocess.run([*argv, "--rm", "--network=none", "busybox:lab", "nosuch"], capture_output=True, text=True,
-                              check=False)
+        words = [*argv, "--rm", "--network=none", "busybox:lab", "nosuch"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 127
         assert "nosuch" in done.stderr
