@@ -22,6 +22,11 @@ ROOT = machine.CGROUP_ROOT
 UNLIMITED = -1
 THROTTLES = {"throttleReadBpsDevice": "rbps", "throttleWriteBpsDevice": "wbps", "throttleReadIOPSDevice": "riops",
              "throttleWriteIOPSDevice": "wiops"}
+# Files that systemd has a property of the same meaning for; its "max" is the greatest number.
+PROPERTIES = {"memory.max": "MemoryMax", "memory.high": "MemoryHigh", "memory.low": "MemoryLow",
+              "memory.min": "MemoryMin", "memory.swap.max": "MemorySwapMax", "pids.max": "TasksMax",
+              "cpu.weight": "CPUWeight", "io.weight": "IOWeight"}
+INFINITY = (1 << 64) - 1
 # What the default rules of a runtime allow beyond the configuration: the default devices, terminals, making any node.
 ALWAYS = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (136, -1)]
 
@@ -59,7 +64,7 @@ def make(path: str, wanted: dict[str, str]) -> None:
 
 def make_scope(path: str, slice_name: str, unit: str, pid: int, wanted: dict[str, str]) -> None:
     """The same by systemd, with the process in it."""
-    _scope(slice_name, unit, pid)
+    _scope(slice_name, unit, pid, properties(wanted))
     _wait_for(path)
     _limits(path, wanted)
 
@@ -114,13 +119,29 @@ def _write(path: str, file: str, value: str) -> None:
             raise BadInput(f"linux.resources ({file})", line, rule or "the kernel refuses it") from error
 
 
-def _scope(slice_name: str, unit: str, pid: int) -> None:
+def properties(wanted: dict[str, str]) -> list[str]:
+    """The limits as systemd's own, systemd.resource-control(5): what it is not told, it writes over when it likes."""
+    given: dict[str, int] = {}
+    for file, name in PROPERTIES.items():
+        if (value := wanted.get(file, "")) == "max" or value.isdigit():
+            given[name] = INFINITY if value == "max" else int(value)
+    if "cpu.max" in wanted:
+        quota, _, period = wanted["cpu.max"].partition(" ")
+        per_second = INFINITY if quota == "max" else int(quota) * 1_000_000 // int(period or 100_000)
+        given |= {"CPUQuotaPerSecUSec": per_second, "CPUQuotaPeriodUSec": int(period or 100_000)}
+    return [word for name, value in given.items() for word in (name, "t", str(value))]
+
+
+def _scope(slice_name: str, unit: str, pid: int, limits: list[str]) -> None:
     """Ask systemd for a scope with the process in it: org.freedesktop.systemd1(5), StartTransientUnit."""
-    properties = ["Slice", "s", slice_name] if unit.endswith(".scope") else ["Wants", "as", "1", slice_name]
-    pids = ["PIDs", "au", "1", str(pid), "Delegate", "b", "true"] if unit.endswith(".scope") else []
-    total = 3 + (2 if pids else 0)
-    call(["StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "replace", str(total), "Description", "s",
-          f"labs container {unit}", "DefaultDependencies", "b", "false", *properties, *pids, "0"])
+    words = ["Description", "s", f"labs container {unit}", "DefaultDependencies", "b", "false", *limits]
+    total = 2 + len(limits) // 3
+    if unit.endswith(".scope"):
+        words += ["Slice", "s", slice_name, "PIDs", "au", "1", str(pid), "Delegate", "b", "true"]
+    else:
+        words += ["Wants", "as", "1", slice_name]
+    total += 3 if unit.endswith(".scope") else 1
+    call(["StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "replace", str(total), *words, "0"])
 
 
 def call(arguments: list[str]) -> None:

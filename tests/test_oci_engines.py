@@ -156,3 +156,17 @@ def test_a_command_that_is_not_there_says_so():
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 127
         assert "nosuch" in done.stderr
+
+
+def test_limits_are_systemds_own_so_that_it_does_not_write_over_them(name):
+    limits = ["--memory=32m", "--memory-swap=48m", "--pids-limit=16", "--cpus=0.5"]
+    run = ["docker", "run", "-d", "--name", name, *DOCKER["labs"], "--network=none"]
+    out(*run, *limits, "busybox:lab", "sleep", "1000")
+    pid = out("docker", "inspect", "--format={{.State.Pid}}", name).strip()
+    scope = Path("/sys/fs/cgroup" + Path(f"/proc/{pid}/cgroup").read_text().split(":")[2].strip())
+    shown = out("systemctl", "show", "-p", "MemoryMax,MemorySwapMax,TasksMax,CPUQuotaPerSecUSec", scope.name)
+    assert sorted(shown.split()) == [
+        "CPUQuotaPerSecUSec=500ms", "MemoryMax=33554432", "MemorySwapMax=16777216", "TasksMax=16"]
+    out("systemctl", "daemon-reload")
+    files = ("memory.max", "memory.swap.max", "pids.max", "cpu.max")
+    assert [(scope / file).read_text().strip() for file in files] == ["33554432", "16777216", "16", "50000 100000"]

@@ -21,7 +21,7 @@ def _process_one(pid: int) -> Steps:
 def scratch(pid: int) -> Steps:
     """A container with a tmpfs of 1 MiB on /tmp from which nothing can be executed."""
     yield from _process_one(pid)
-    found = [row for row in mounts.table(pid) if row.target == "/tmp"]
+    found = [row for row in mounts.table(pid) if row.target.strip("/") == "tmp"]
     yield bool(found), "`/tmp` にマウントがありません。`mounts` に足した項目の `destination` を確かめてください。"
     yield found[-1].fstype == "tmpfs", f"`/tmp` は {found[-1].fstype} です。`type` を tmpfs にしてください。"
     yield "noexec" in found[-1].options.split(","), "tmpfs はありますが、実行を止める属性が付いていません。`options` に一語足します。"
