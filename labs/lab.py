@@ -71,7 +71,7 @@ def snapshot(full: bool = False) -> Snapshot:
         frozenset(f"mount {m.fstype} {m.target}" for m in mounts.table()
                   if not m.target.startswith(CHURN_MOUNTS) and m.target != PODMAN_STORE),
         frozenset(f"cgroup {path}" for path in _cgroups()),
-        frozenset(f"process {name} ({pid})" for pid, name in running.items()),
+        frozenset(f"process {name} ({_service(pid) or pid})" for pid, name in running.items()),
         frozenset(f"file {path}" for path in _files()),
         frozenset(_nft() if full else ()),
         frozenset(_engines() if full else ()))
@@ -94,6 +94,14 @@ def _processes() -> Iterator[tuple[int, str]]:
             arguments = process.cmdline(pid)
             if arguments or stat.state == "Z":  # else a kernel thread
                 yield pid, " ".join(arguments) or f"{stat.name} <defunct>"
+
+
+def _service(pid: int) -> str:
+    """docker.service or containerd.service, or "": a daemon is the same after a restart, its pid is not."""
+    with suppress(OSError):  # it ended
+        group = os.path.basename(cgroup.of(pid).path)
+        return group if group in ("docker.service", "containerd.service") else ""
+    return ""
 
 
 def _stats() -> Iterator[tuple[int, _Stat]]:
@@ -164,7 +172,8 @@ def _nft() -> Iterator[str]:
             table, chain = line.rstrip(" {"), ""
         elif line.startswith(("chain ", "set ", "map ")):
             chain = line.rstrip(" {")
-        yield f"nft {table} {chain} {line}"
+        if line.strip("}"):
+            yield f"nft {table} {chain} {line}"
 
 
 def _engines() -> Iterator[str]:

@@ -31,6 +31,16 @@ def test_a_process_is_seen_with_its_command_line():
     assert not [line for line in changes_by(before) if "sleep 12345" in line]
 
 
+def test_a_daemon_that_was_restarted_is_the_same_machine():
+    def main_pid():
+        words = ["systemctl", "show", "--property=MainPID", "--value", "docker.service"]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    before, pid = lab.snapshot(full=True), main_pid()
+    command("systemctl", "restart", "docker.service")
+    assert main_pid() != pid
+    assert [line for line in before.diff(lab.snapshot(full=True)) if "dockerd" in line or " nft " in line] == []
+
+
 def test_a_zombie_is_seen():
     before = lab.snapshot()
     pid = os.fork()
