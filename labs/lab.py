@@ -151,7 +151,7 @@ def _files() -> Iterator[str]:
     for top in (machine.STATE, machine.DATA):
         for folder, _, names in os.walk(top):
             yield from (f"{folder}/{name}" for name in names)
-            if folder not in (top, f"{machine.STATE}/ns"):
+            if folder not in (top, f"{machine.STATE}/ns", f"{machine.STATE}/oci"):  # kept when empty
                 yield folder
     yield from (f"{TMP}/{name}" for name in os.listdir(TMP) if not name.startswith(CHURN_FILES))
 

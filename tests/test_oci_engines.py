@@ -111,7 +111,8 @@ def test_a_pod_shares_its_namespaces():
         assert same == {"net": True, "ipc": True, "uts": True, "mnt": False, "pid": False}
     finally:
         subprocess.run([*podman, "pod", "rm", "--time", "0", "--force", pod], capture_output=True, check=False)
-        subprocess.run(["podman", "image", "prune", "--force"], capture_output=True, check=False)
+        pause = out("podman", "images", "--quiet", "--filter", "reference=localhost/podman-pause").split()
+        subprocess.run(["podman", "rmi", *pause], capture_output=True, check=False)
 
 
 def test_both_engines_with_a_terminal():
