@@ -44,7 +44,7 @@ def test_help_lists_every_verb_with_an_example():
         (["up", "now"], {}, 1, "lab: up: now: takes no arguments"),
         (["test", "tests/none.py"], {}, 1, f"lab: tests/none.py: no such file or directory in {REPO}"),
         (["record", "book/none.ipynb"], {}, 1, f"lab: book/none.ipynb: no such file or directory in {REPO}"),
-        (["bench", "none"], {}, 1, "lab: bench: none: no such benchmark; there are: container"),
+        (["bench", "none"], {}, 1, "lab: bench: none: no such benchmark; there are: container, oci"),
         (["bench", "--json"], {}, 1, "lab: bench: --json: a file name must follow"),
         (["clean", "--most"], {}, 1, "lab: clean: --most: takes nothing or --all"),
     ],
