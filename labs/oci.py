@@ -137,7 +137,7 @@ class _Creation:
         if self.saved["pid"]:
             _end(self.saved["pid"])
         if self.made:
-            oci_cgroup.delete(self.where[0])
+            oci_cgroup.delete(self.where[0], self.options.manager)
         machine.remove_tree(self.folder)
 
     def _group(self) -> int:
@@ -164,8 +164,10 @@ class _Creation:
 
     def _move_in(self, pid: int) -> None:
         if self.options.manager == "systemd":
-            oci_cgroup.make_scope(*self.where, pid, self._files())
+            path, *unit = self.where
+            oci_cgroup.make_scope(unit[0], unit[1], pid, self._files())
             self.made = True
+            oci_cgroup.set_limits(path, self._files())
             self._devices()
         machine.write_file(f"{self.where[0]}/cgroup.procs", str(pid))
 
@@ -259,8 +261,8 @@ def delete(options: Options, name: str, force: bool = False) -> None:
         raise BadInput("delete", name, f"cannot delete a container that is {status}; stop it, or use --force")
     if status != "stopped":
         _end(container.pid)
-    if container.saved["manager"] != "disabled":
-        oci_cgroup.delete(container.cgroup)
+    if (manager := container.saved["manager"]) != "disabled":
+        oci_cgroup.delete(container.cgroup, manager)
     state = container.state()
     machine.remove_tree(container.folder)
     try:

@@ -16,6 +16,7 @@ from labs.errors import BadInput, KernelError, Timeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 ROOT = machine.CGROUP_ROOT
@@ -27,6 +28,7 @@ PROPERTIES = {"memory.max": "MemoryMax", "memory.high": "MemoryHigh", "memory.lo
               "memory.min": "MemoryMin", "memory.swap.max": "MemorySwapMax", "pids.max": "TasksMax",
               "cpu.weight": "CPUWeight", "io.weight": "IOWeight"}
 INFINITY = (1 << 64) - 1
+NOT_LOADED = 5  # how `systemctl stop` ends where there is no such unit, systemctl(1) "Exit status"
 # What the default rules of a runtime allow beyond the configuration: the default devices, terminals, making any node.
 ALWAYS = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (136, -1)]
 
@@ -40,7 +42,8 @@ def place(manager: str, path: str, name: str) -> tuple[str, str, str]:
         raise BadInput("linux.cgroupsPath", path, "must be SLICE:PREFIX:NAME with systemd")
     slice_name, prefix, last = parts[0] or "system.slice", parts[1], parts[2]
     unit = last if last.endswith(".slice") else f"{prefix}-{last}.scope" if prefix else f"{last}.scope"
-    return f"{ROOT}{_slice_path(slice_name)}/{unit}", slice_name, unit
+    inside = _slice_path(slice_name)
+    return ROOT + (_slice_path(unit) if unit.endswith(".slice") else f"{inside}/{unit}"), slice_name, unit
 
 
 def _slice_path(name: str) -> str:
@@ -56,20 +59,15 @@ def make(path: str, wanted: dict[str, str]) -> None:
     _require_empty(path)
     _folders(path, wanted)
     try:
-        _limits(path, wanted)
+        set_limits(path, wanted)
     except BaseException:
         delete(path)
         raise
 
 
-def make_scope(path: str, slice_name: str, unit: str, pid: int, wanted: dict[str, str]) -> None:
-    """The same by systemd, with the process in it."""
-    _scope(slice_name, unit, pid, properties(wanted))
-    _wait_for(path)
-    _limits(path, wanted)
-
-
-def _limits(path: str, wanted: dict[str, str]) -> None:
+def set_limits(path: str, wanted: dict[str, str]) -> None:
+    """Write each file of a group that is there, or that systemd is about to make: 30 seconds at most."""
+    _wait(lambda: os.path.isdir(path), 30, f"the group {path}")
     for file, value in wanted.items():
         _write(path, file, value)
 
@@ -132,10 +130,12 @@ def properties(wanted: dict[str, str]) -> list[str]:
     return [word for name, value in given.items() for word in (name, "t", str(value))]
 
 
-def _scope(slice_name: str, unit: str, pid: int, limits: list[str]) -> None:
+def make_scope(slice_name: str, unit: str, pid: int, wanted: dict[str, str]) -> None:
     """Ask systemd for a scope with the process in it: org.freedesktop.systemd1(5), StartTransientUnit."""
-    words = ["Description", "s", f"labs container {unit}", "DefaultDependencies", "b", "false", *limits]
-    total = 2 + len(limits) // 3
+    limits = properties(wanted)
+    words = ["Description", "s", f"labs container {unit}", "DefaultDependencies", "b", "false",
+             "CollectMode", "s", "inactive-or-failed", *limits]
+    total = 3 + len(limits) // 3
     if unit.endswith(".scope"):
         words += ["Slice", "s", slice_name, "PIDs", "au", "1", str(pid), "Delegate", "b", "true"]
     else:
@@ -146,22 +146,26 @@ def _scope(slice_name: str, unit: str, pid: int, limits: list[str]) -> None:
 
 def call(arguments: list[str]) -> None:
     """One call of systemd's manager object, by busctl(1)."""
+    _systemd(["busctl", "--quiet", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
+              "org.freedesktop.systemd1.Manager", *arguments], arguments[2])
+
+
+def _systemd(command: list[str], unit: str, fine: tuple[int, ...] = (0,)) -> None:
+    """One command to the manager of the system (a user's own would not let the device program in)."""
     import subprocess
-    session = os.environ.get("DBUS_SESSION_BUS_ADDRESS", "").startswith("unix:path=/run/user/")
-    bus = ["--user"] if session or os.geteuid() else []
-    done = subprocess.run(["busctl", *bus, "--quiet", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
-                           "org.freedesktop.systemd1.Manager", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BadInput("linux.cgroupsPath", arguments[2], f"systemd: {done.stderr.strip()}")
+    if machine.read_file("/proc/self/uid_map").split() != ["0", "0", "4294967295"]:
+        raise BadInput("--systemd-cgroup", unit, "needs root of the machine, not of a user namespace")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in fine:
+        raise BadInput("linux.cgroupsPath", unit, f"systemd: {done.stderr.strip()}")
 
 
-def _wait_for(path: str) -> None:
-    """The answer of systemd comes before the group is there: wait for it, 30 seconds at most."""
-    deadline = time.monotonic() + 30
-    while not os.path.isdir(path):
+def _wait(condition: Callable[[], bool], seconds: float, name: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
         if time.monotonic() > deadline:
-            raise Timeout(f"the scope {os.path.basename(path)}", 30)
-        time.sleep(0.01)
+            raise Timeout(name, seconds)
+        time.sleep(0.002)
 
 
 def files(resources: dict[str, Any]) -> dict[str, str]:
@@ -278,11 +282,8 @@ def _rule(rule: dict[str, Any]) -> Any:
 def freeze(path: str, frozen: bool) -> None:
     """Stop or go on, and wait until it is so: cgroup.freeze, cgroup.events."""
     machine.write_file(f"{path}/cgroup.freeze", str(int(frozen)))
-    deadline = time.monotonic() + 10
-    while f"frozen {int(frozen)}" not in machine.read_file(f"{path}/cgroup.events"):
-        if time.monotonic() > deadline:
-            raise Timeout(f"frozen {int(frozen)}", 10)
-        time.sleep(0.002)
+    wanted = f"frozen {int(frozen)}"
+    _wait(lambda: wanted in machine.read_file(f"{path}/cgroup.events"), 10, wanted)
 
 
 def is_frozen(path: str) -> bool:
@@ -301,8 +302,13 @@ def members(path: str) -> list[int]:
     return sorted(found)
 
 
-def delete(path: str) -> None:
-    """Kill what is left (cgroup.kill) and remove the group with those below it; a missing one is fine."""
+def delete(path: str, manager: str = "cgroupfs") -> None:
+    """Kill what is left (cgroup.kill) and remove the group with those below it; a missing one is fine.
+
+    A group that systemd made is systemd's to end, and is waited for: removed behind its back, it may be made again.
+    """
+    if manager == "systemd":
+        _end_unit(path)
     deadline = time.monotonic() + 30
     while os.path.isdir(path):
         try:
@@ -315,3 +321,16 @@ def delete(path: str) -> None:
                 raise
             machine.write_file(f"{path}/cgroup.kill", "1")
             time.sleep(0.005)
+
+
+def _end_unit(path: str) -> None:
+    """A scope ends with its last process; one that missed that, and a slice, has to be stopped."""
+    unit = os.path.basename(path)
+    try:
+        machine.write_file(f"{path}/cgroup.kill", "1")
+        if unit.endswith(".scope"):
+            _wait(lambda: not os.path.isdir(path), 2, unit)
+    except (KernelError, Timeout):
+        pass  # it is gone, or it is stopped now
+    if unit.endswith(".slice") or os.path.isdir(path):
+        _systemd(["systemctl", "stop", "--quiet", unit], unit, (0, NOT_LOADED))

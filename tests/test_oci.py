@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +174,74 @@ def test_pause_and_resume(made):
 
 
 # exec
+
+
+SCOPED = ["--systemd-cgroup"]
+
+
+@pytest.fixture
+def scope(made):
+    """The unit of a container that systemd makes the group of; its bundle is written."""
+    made.write(SLEEP, {"linux.cgroupsPath": f"system.slice:labs:{made.name}", "linux.resources.memory.limit": 16 << 20,
+                       "linux.resources.memory.swap": 16 << 20})
+    return f"labs-{made.name}.scope"
+
+
+def unit(name):
+    """What systemd says of it: ActiveState, and the line of `systemctl list-units --all`."""
+    show = ["systemctl", "show", "-P", "ActiveState", name]
+    units = ["systemctl", "list-units", "--all", "--no-legend", name]
+    return tuple(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+                 for words in (show, units))
+
+
+GONE = ("inactive", "")
+
+
+@pytest.mark.parametrize("kind", ["scope", "slice"])
+def test_a_unit_is_ended_by_systemd_which_made_it(made, scope, kind):
+    if kind == "slice":
+        scope = f"system-{made.name.rpartition('-')[2]}.slice"
+        made.write(SLEEP, {"linux.cgroupsPath": f"system.slice:labs:{scope}"})
+    quietly(made, *SCOPED, "create", made.name)
+    quietly(made, "start", made.name)
+    assert unit(scope)[0] == "active"
+    # Systemd now looks at each of its groups again, and makes the one that it misses.
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    made.good("delete", "--force", made.name)
+    assert unit(scope) == GONE
+    assert not list(Path("/sys/fs/cgroup").rglob(scope))
+
+
+def test_a_scope_whose_command_was_killed_for_its_memory_is_not_kept_as_failed(made, scope):
+    made.config["process"]["args"] = ["tail", "/dev/zero"]
+    made.write_config(made.config)
+    quietly(made, *SCOPED, "create", made.name)
+    events = Path("/sys/fs/cgroup/system.slice", scope, "memory.events")
+    assert "oom_kill 0" in events.read_text()
+    quietly(made, "start", made.name)
+    until(lambda: made.status() == "stopped")
+    made.good("delete", made.name)
+    assert unit(scope) == GONE
+
+
+def test_a_scope_of_somebody_else_is_refused_and_stays(made, scope):
+    with subprocess.Popen(["systemd-run", "--quiet", "--scope", f"--unit={scope}", "sleep", "1000"]) as other:
+        until(lambda: unit(scope)[0] == "active")
+        refused = made.call(*SCOPED, "create", made.name)
+        assert (refused.returncode, unit(scope)[0], other.poll()) == (1, "active", None)
+        assert refused.stderr.count("\n") == 1 and "linux.cgroupsPath" in refused.stderr and scope in refused.stderr
+        assert made.call("state", made.name).returncode
+        other.terminate()
+    until(lambda: unit(scope) == GONE)
+
+
+def test_a_limit_that_the_kernel_refuses_leaves_no_scope(made, scope):
+    made.config["linux"]["resources"]["unified"] = {"memory.high": "much"}
+    made.write_config(made.config)
+    refused = made.call(*SCOPED, "create", made.name)
+    assert refused.returncode == 1 and "memory.high" in refused.stderr
+    assert unit(scope) == GONE
 
 
 @pytest.fixture
