@@ -232,7 +232,7 @@ def _remove_cgroups() -> Iterator[str]:
 
 def _unmount() -> Iterator[str]:
     places = (machine.STATE + "/", machine.DATA + "/", "/run/netns/" + machine.PREFIX)
-    for mount in reversed(mounts.table()):
+    for mount in mounts.table():
         if mount.target.startswith(places):
             with suppress(KernelError):  # a shared mount's copy goes with the first one
                 syscalls.umount2(mount.target, syscalls.MNT_DETACH)

@@ -6,7 +6,7 @@ filesystems, devices, masked and read-only paths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,9 +31,23 @@ class Mount(NamedTuple):
 
 
 def table(pid: int | str = "self") -> list[Mount]:
-    """The mounts that a process sees, in the kernel's order; a later one may hide an earlier one."""
+    """The mounts that a process sees, in the kernel's order.
+
+    Since Linux 6.8 that is the order in which the mounts were made, and one that open_tree(2) made
+    may be attached much later: the lines do not tell which mount covers which. See topmost.
+    """
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return [_parse(line) for line in file]
+
+
+def topmost(rows: Iterable[Mount], target: str = "/") -> Mount | None:
+    """Of the mounts stacked on target the one that is seen there, which is the parent of no other.
+
+    None where target is no mount point, as / after a chroot(2) into a plain directory.
+    """
+    stacked = [row for row in rows if row.target == target]
+    covered = {row.parent for row in stacked}
+    return next((row for row in stacked if row.id not in covered), None)
 
 
 def _parse(line: str) -> Mount:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from labs import mounts
+from labs import mounts, syscalls
 from labs.errors import BadInput, KernelError
 
 
@@ -59,6 +59,23 @@ def test_a_read_only_bind_refuses_writes_and_keeps_other_options(tmp_path):
         options = findmnt("-o", "VFS-OPTIONS", str(target))[0]["vfs-options"].split(",")
         assert {"ro", "nosuid", "nodev"} <= set(options)
         (source / "new").write_text("the source is writable")
+
+
+def test_topmost_is_what_is_seen_also_when_it_was_made_first(tmp_path):
+    early, stage = tmp_path / "early", tmp_path / "stage"
+    early.mkdir()
+    stage.mkdir()
+    assert mounts.topmost(mounts.table(), str(stage)) is None
+    with mounts.tmpfs(str(early)):
+        copy = syscalls.open_tree(str(early))  # made now, attached after the mount that it will cover
+    with mounts.tmpfs(str(stage)):
+        syscalls.move_mount(copy, str(stage))
+        try:
+            seen = stage.stat().st_dev
+            assert mounts.topmost(mounts.table(), str(stage)).dev == f"{os.major(seen)}:{os.minor(seen)}"
+        finally:
+            syscalls.umount2(str(stage), syscalls.MNT_DETACH)
+            os.close(copy)
 
 
 def test_recursive_binds_carry_what_is_mounted_below(tmp_path):

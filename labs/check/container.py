@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -155,10 +155,10 @@ def sealed(calls: Sequence[Callable[[], object]]) -> Steps:
 @exercise
 def new_root(calls: Sequence[Callable[[], object]]) -> Steps:
     """Calls after which a child's mounts are a new root and a new /proc, and nothing of the host's."""
-    world, host = _world_after(calls), _root_mount(mounts.table())
+    world, host = _world_after(calls), mounts.topmost(mounts.table())
     yield not world.failed, STOPPED.format(world.failed)
     yield not world.same_mounts, "まだホストの mount namespace にいます。`pivot_root` の前に `unshare` が要ります。"
-    top = _root_mount(world.mounts)
+    top = mounts.topmost(world.mounts)
     yield top is not None, "ルートがマウントではありません。`chroot` ではなく `pivot_root` で替えてください。"
     yield not _same_tree(top, host), "ルートがまだホストのままです。`pivot_root` を呼んでください。"
     old = [mount.target for mount in world.mounts if _same_tree(mount, host)]
@@ -166,11 +166,6 @@ def new_root(calls: Sequence[Callable[[], object]]) -> Steps:
     new = [mount.fstype for mount in world.mounts if mount.target == "/proc"]
     yield new == ["proc"], "`/proc` が空です。新しく `proc` をマウントしてください。"
     return "見えるマウントから、ホストのものがすべて消えました。"
-
-
-def _root_mount(table: Iterable[mounts.Mount]) -> mounts.Mount | None:
-    """The uppermost mount on /; none after a chroot(2) into a plain directory."""
-    return next((mount for mount in reversed(list(table)) if mount.target == "/"), None)
 
 
 def _same_tree(a: mounts.Mount | None, b: mounts.Mount | None) -> bool:
