@@ -6,7 +6,7 @@ filesystems, devices, masked and read-only paths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -34,20 +34,20 @@ def table(pid: int | str = "self") -> list[Mount]:
     """The mounts that a process sees, in the kernel's order.
 
     Since Linux 6.8 that is the order in which the mounts were made, and one that open_tree(2) made
-    may be attached much later: the lines do not tell which mount covers which. See topmost.
+    may be attached much later: the lines do not tell which mount is the root. See root.
     """
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return [_parse(line) for line in file]
 
 
-def topmost(rows: Iterable[Mount], target: str = "/") -> Mount | None:
-    """Of the mounts stacked on target the one that is seen there, which is the parent of no other.
+def root(rows: Sequence[Mount]) -> Mount | None:
+    """The mount that is the root of the process, which is the one whose parent it does not see.
 
-    None where target is no mount point, as / after a chroot(2) into a plain directory.
+    Another may lie over it on / (pivot_root(2) of "." to "." puts the old root there): a path that begins
+    with / does not cross into that one. None after a chroot(2) into a plain directory.
     """
-    stacked = [row for row in rows if row.target == target]
-    covered = {row.parent for row in stacked}
-    return next((row for row in stacked if row.id not in covered), None)
+    seen = {row.id for row in rows}
+    return next((row for row in rows if row.target == "/" and row.parent not in seen), None)
 
 
 def _parse(line: str) -> Mount:

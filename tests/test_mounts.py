@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 
-from labs import mounts, syscalls
+from labs import mounts
 from labs.errors import BadInput, KernelError
 
 
@@ -61,21 +62,31 @@ def test_a_read_only_bind_refuses_writes_and_keeps_other_options(tmp_path):
         (source / "new").write_text("the source is writable")
 
 
-def test_topmost_is_what_is_seen_also_when_it_was_made_first(tmp_path):
-    early, stage = tmp_path / "early", tmp_path / "stage"
-    early.mkdir()
-    stage.mkdir()
-    assert mounts.topmost(mounts.table(), str(stage)) is None
-    with mounts.tmpfs(str(early)):
-        copy = syscalls.open_tree(str(early))  # made now, attached after the mount that it will cover
-    with mounts.tmpfs(str(stage)):
-        syscalls.move_mount(copy, str(stage))
-        try:
-            seen = stage.stat().st_dev
-            assert mounts.topmost(mounts.table(), str(stage)).dev == f"{os.major(seen)}:{os.minor(seen)}"
-        finally:
-            syscalls.umount2(str(stage), syscalls.MNT_DETACH)
-            os.close(copy)
+ROOTS = """
+import os, sys
+from labs import mounts, syscalls
+def same():
+    found, dev = mounts.root(mounts.table()), os.stat("/").st_dev
+    return found and found.dev == f"{os.major(dev)}:{os.minor(dev)}"
+early = syscalls.open_tree(sys.argv[1])
+syscalls.mount("none", sys.argv[1], "tmpfs", 0)
+os.makedirs(sys.argv[1] + "/plain/proc")
+syscalls.move_mount(early, "/")
+told = [same()]
+syscalls.mount("proc", sys.argv[1] + "/plain/proc", "proc", 0)
+os.mkdir(sys.argv[1] + "/proc")
+syscalls.mount("proc", sys.argv[1] + "/proc", "proc", 0)
+os.chroot(sys.argv[1])
+told.append(same())
+os.chroot("/plain")
+print(*told, mounts.root(mounts.table()))
+"""
+
+
+def test_root_is_what_the_process_sees_at_the_slash_under_a_cover_and_after_chroot(tmp_path):
+    shown = subprocess.run(["unshare", "--mount", sys.executable, "-c", ROOTS, tmp_path],
+                           capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["True", "True", "None"]
 
 
 def test_recursive_binds_carry_what_is_mounted_below(tmp_path):

@@ -155,10 +155,10 @@ def sealed(calls: Sequence[Callable[[], object]]) -> Steps:
 @exercise
 def new_root(calls: Sequence[Callable[[], object]]) -> Steps:
     """Calls after which a child's mounts are a new root and a new /proc, and nothing of the host's."""
-    world, host = _world_after(calls), mounts.topmost(mounts.table())
+    world, host = _world_after(calls), mounts.root(mounts.table())
     yield not world.failed, STOPPED.format(world.failed)
     yield not world.same_mounts, "まだホストの mount namespace にいます。`pivot_root` の前に `unshare` が要ります。"
-    top = mounts.topmost(world.mounts)
+    top = mounts.root(world.mounts)
     yield top is not None, "ルートがマウントではありません。`chroot` ではなく `pivot_root` で替えてください。"
     yield not _same_tree(top, host), "ルートがまだホストのままです。`pivot_root` を呼んでください。"
     old = [mount.target for mount in world.mounts if _same_tree(mount, host)]
