@@ -1,6 +1,7 @@
 """The exercises of 02-oci-and-runtime/03-docker-run: each wrong state gives its hint, the solution passes."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_a_child_of_the_shim_is_refused() -> None:
         with process.spawn(["sleep", "60"]) as sibling:
             hint(check.entered(sibling.pid, shim.pid), "親が shim です")
         assert check.entered(first, shim.pid)
+        os.kill(first, signal.SIGKILL)  # its parent ends without waiting for it
 
 
 class moved:  # noqa: N801  reads as what it does
