@@ -5,6 +5,8 @@
     LabError
     ├── NotALab            this machine is not a lab: nothing was touched
     ├── BadInput           a value given to labs breaks a rule
+    ├── Mismatch           content is not what its descriptor says: digest or size
+    ├── RegistryError      a registry refused, or did not answer as the specification says
     ├── KernelError        a system call or a write to a kernel file failed (also an OSError)
     ├── ChildFailed        a forked child could not finish a step
     │   ├── CommandNotFound    no such command: a shell's 127
@@ -39,6 +41,22 @@ class BadInput(LabError, ValueError):
     def __init__(self, field: str, value: object, rule: str) -> None:
         self.field, self.value, self.rule = field, value, rule
         super().__init__(f"{field}: {value!r}: {rule}")
+
+
+class Mismatch(LabError):
+    """The ``field`` (digest, size or diffID) of ``what`` was ``expected`` and is ``found``."""
+
+    def __init__(self, what: str, field: str, expected: object, found: object) -> None:
+        self.what, self.field, self.expected, self.found = what, field, expected, found
+        super().__init__(f"{what}: {field} is {found}, not {expected}")
+
+
+class RegistryError(LabError):
+    """A registry answered ``step`` with ``status`` (0: with no answer at all) and the error ``code``."""
+
+    def __init__(self, step: str, detail: str, status: int = 0, code: str = "") -> None:
+        self.step, self.status, self.code = step, status, code
+        super().__init__(f"{step}: {detail}")
 
 
 class KernelError(LabError, OSError):

@@ -1,0 +1,695 @@
+"""Layers: a tar stream becomes a directory that overlay can mount, and such a directory becomes a tar again.
+
+A layer holds what changed against the layers below it, image-spec/layer.md.  What was removed stands in
+the tar as an empty file ``.wh.NAME`` (a whiteout) or ``.wh..wh..opq`` (an opaque whiteout); overlay
+writes a character device 0:0 and the attribute ``trusted.overlay.opaque``, overlayfs.rst.
+
+Nothing in a layer is believed.  Every path is resolved by the kernel beneath the target (openat2(2)),
+and what no honest tool writes is refused by name before anything of that entry is made.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import queue
+import stat
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, closing, suppress
+from decimal import Decimal, InvalidOperation
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import zstandard
+from isal import igzip
+
+from labs import machine, mounts, syscalls
+from labs.errors import BadInput, KernelError
+
+WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
+OVERLAY_OPAQUE = "trusted.overlay.opaque"
+OVERLAY_ATTRIBUTES = ("trusted.overlay.", "user.overlay.")
+XATTR = "SCHILY.xattr."  # the key of an extended attribute in a pax header, star(5)
+BLOCK = 1 << 20
+AHEAD = 8  # blocks that the reading thread may be ahead
+HEADER_BYTES = 1 << 20  # what the headers of one entry may hold
+DEVICES = {(stat.S_IFCHR, d.major, d.minor) for d in mounts.DEVICES} | {(stat.S_IFCHR, 5, 1), (stat.S_IFCHR, 5, 2)}
+BROKEN = (tarfile.TarError, EOFError, zlib.error, igzip.BadGzipFile, zstandard.ZstdError, InvalidOperation,
+          RecursionError, OverflowError, ValueError)
+
+
+class Limits(NamedTuple):
+    """How much one layer may hold: bytes when unpacked (headers and holes count too), and entries."""
+
+    size: int = 16 << 30
+    entries: int = 2_000_000
+
+
+class Unpacked(NamedTuple):
+    """What was unpacked.
+
+    Attributes:
+        digest: of the bytes as they came, compressed or not: what a descriptor names.
+        size: how many those were.
+        diff_id: the digest of the tar itself: what the image's configuration names.
+        entries: how many entries the tar has.
+        unpacked: bytes of the tar.
+    """
+
+    digest: str
+    size: int
+    diff_id: str
+    entries: int
+    unpacked: int
+
+
+class Packed(NamedTuple):
+    """What was packed: the digest of the tar, its entries, its bytes."""
+
+    diff_id: str
+    entries: int
+    size: int
+
+
+# Reading ahead: one thread reads, hashes and decompresses (all without the interpreter's lock), one writes files.
+
+
+class _Hashing(io.RawIOBase):
+    """Passes bytes on from a file, and takes their digest."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source, self.sha256, self.size = source, hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read(size)
+        self.sha256.update(data)
+        self.size += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+
+def decompressed(source: BinaryIO) -> BinaryIO:
+    """The bytes of a gzip (RFC 1952) or zstd (RFC 8878) stream, or of a plain one: told by its first bytes."""
+    start = source.read(4)
+    whole: Any = io.BufferedReader(_Chain(start, source), BLOCK)
+    if start.startswith(b"\x1f\x8b"):
+        return igzip.IGzipFile(fileobj=whole, mode="rb")  # type: ignore[return-value]
+    if start == b"\x28\xb5\x2f\xfd":
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        return reader.stream_reader(whole, read_across_frames=True)  # type: ignore[return-value]
+    return whole  # type: ignore[no-any-return]
+
+
+class _Chain(io.RawIOBase):
+    """A few bytes that were read already, and then the rest of the file."""
+
+    def __init__(self, start: bytes, source: BinaryIO) -> None:
+        self._start, self._source = start, source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data, self._start = self._start[:len(buffer)] or self._source.read(len(buffer)), self._start[len(buffer):]
+        buffer[:len(data)] = data
+        return len(data)
+
+
+class _Ahead:
+    """What tarfile and the writer read from: blocks that another thread has ready; forward only.
+
+    read() is for headers and refuses more than HEADER_BYTES an entry; content() is for a file's bytes.
+    """
+
+    def __init__(self, source: BinaryIO, limit: int) -> None:
+        self.raw, self.sha256, self._limit = _Hashing(source), hashlib.sha256(), limit
+        self._blocks: queue.Queue[bytes | BaseException] = queue.Queue(AHEAD)
+        self._block, self._at, self._position, self.headers = memoryview(b""), 0, 0, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            plain = decompressed(self.raw)  # type: ignore[arg-type]
+            left = self._limit
+            while block := plain.read(BLOCK):
+                self.sha256.update(block)
+                left -= len(block)
+                if left < 0:
+                    raise BadInput("layer", f"over {self._limit} bytes", "must not unpack to more than the limit")
+                if not self._put(block):
+                    return
+            while self.raw.read(BLOCK):
+                pass  # what follows a zstd frame belongs to the digest too
+            self._put(b"")
+        except BaseException as error:  # noqa: BLE001  it is raised where the blocks are read
+            self._put(error)
+
+    def _put(self, item: bytes | BaseException) -> bool:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._blocks.put(item, timeout=0.2)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _next(self) -> bool:
+        item = self._blocks.get()
+        if isinstance(item, BaseException):
+            self._blocks.put(item)
+            raise item
+        if not item:
+            self._blocks.put(item)
+        self._block, self._at = memoryview(item), 0
+        return bool(item)
+
+    def content(self, size: int) -> Iterator[memoryview]:
+        """The next size bytes in pieces; EOFError where the tar ends before."""
+        while size:
+            if self._at == len(self._block) and not self._next():
+                raise EOFError("the tar ends within an entry")
+            piece = self._block[self._at:self._at + size]
+            self._at += len(piece)
+            self._position += len(piece)
+            size -= len(piece)
+            yield piece
+
+    def read(self, size: int) -> bytes:
+        """Bytes of a header; fewer only at the end."""
+        self.headers += size
+        if self.headers > HEADER_BYTES:
+            raise BadInput("layer", f"over {HEADER_BYTES} bytes", "the headers of one entry must not be larger")
+        parts = []
+        with suppress(EOFError):
+            parts += [bytes(piece) for piece in self.content(size)]
+        return b"".join(parts)
+
+    def tell(self) -> int:
+        """The offset in the tar."""
+        return self._position
+
+    def seek(self, offset: int) -> None:
+        """Go forward to an offset."""
+        if offset < self._position:
+            raise tarfile.ReadError("the tar leads backwards")
+        for _ in self.content(offset - self._position):
+            pass
+
+    def drain(self) -> None:
+        """Read on to the end, so that both digests are of everything."""
+        self._position += len(self._block) - self._at
+        while self._next():
+            self._position += len(self._block)
+
+
+def _members(stream: _Ahead) -> Iterator[tarfile.TarInfo]:
+    """The entries of a tar, one after the other, none kept; tarfile alone would end silently at a broken header."""
+    tar = tarfile.TarFile(fileobj=stream, encoding="utf-8")  # type: ignore[arg-type]
+    member = tar.firstmember  # type: ignore[attr-defined]
+    while member is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        yield member
+        stream.headers = 0
+        stream.seek(tar.offset)  # type: ignore[attr-defined]
+        try:
+            member = tarfile.TarInfo.fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            return
+
+
+# What an entry may be.
+
+
+def _refuse(name: str, rule: str) -> BadInput:
+    return BadInput("layer", name, rule)
+
+
+def check_path(name: str, what: str = "path") -> str:
+    """A path of an entry relative to the layer's root ("." is that root), or BadInput for what leads elsewhere."""
+    if name.startswith("/"):
+        raise _refuse(name, f"{what} must not be absolute")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise _refuse(name, f"{what} must not have .. in it")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        raise _refuse(name, f"{what} must not have control characters in it")
+    if any(len(os.fsencode(part)) > 255 for part in parts) or len(os.fsencode(name)) >= 4096:
+        raise _refuse(name, f"{what} must be shorter than 4096 bytes, each part than 256")
+    return "/".join(parts) or "."
+
+
+def _check_whiteout(path: str) -> str:
+    """What a whiteout file hides: a name in its directory."""
+    hidden = os.path.basename(path).removeprefix(WHITEOUT)
+    if hidden in ("", ".", "..") or hidden.startswith(WHITEOUT):
+        raise _refuse(path, "must name what it hides: .wh. and a plain name")
+    return hidden
+
+
+def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | None) -> int:
+    kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+    if allowed is not None and (kind, member.devmajor, member.devminor) not in allowed:
+        letter = "c" if member.ischr() else "b"
+        raise _refuse(path, f"device {letter} {member.devmajor}:{member.devminor} is not one that a layer may bring")
+    return kind
+
+
+def _attributes(member: tarfile.TarInfo, path: str) -> dict[str, bytes]:
+    """Its extended attributes: xattr(7).  Those of overlay itself would rewire the mount."""
+    found = {key.removeprefix(XATTR): value.encode("utf-8", "surrogateescape")
+             for key, value in member.pax_headers.items() if key.startswith(XATTR)}
+    for name in found:
+        if name.startswith(("trusted.", *OVERLAY_ATTRIBUTES)):
+            raise _refuse(path, f"a layer must not bring the attribute {name}")
+    return found
+
+
+def _check_sparse(member: tarfile.TarInfo, path: str, stored: int) -> list[tuple[int, int]]:
+    """The parts of a sparse file: in order, within its size, as many bytes as are stored."""
+    parts: list[tuple[int, int]] = member.sparse or []
+    end = 0
+    for offset, size in parts:
+        if size < 0 or offset < end or offset + size > member.size:
+            raise _refuse(path, "parts of a sparse file must lie in order and within its size")
+        end = offset + size
+    if -(-sum(size for _, size in parts) // 512) * 512 != stored:
+        raise _refuse(path, "parts of a sparse file must add up to what is stored")
+    return parts
+
+
+def _mtime(member: tarfile.TarInfo) -> int:
+    """Its time of change in nanoseconds; a pax header has more digits than a float."""
+    text = member.pax_headers.get("mtime")
+    moment = int(Decimal(text) * 10**9) if text else int(member.mtime) * 10**9
+    if not -(1 << 62) < moment < 1 << 62:
+        raise _refuse(member.name, "time of change must be within 146 years of 1970")
+    return moment
+
+
+# The target directory, which nothing leaves.
+
+
+class _Tree:
+    """A directory and what is made in it: every path is resolved by openat2(2), never by this program.
+
+    follow: whether the symbolic links of lower layers are followed, with the directory as their root, as it
+    is when layers are applied one onto the other; links of this layer never are.
+    """
+
+    def __init__(self, target: str, follow: bool) -> None:
+        self.root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._resolve = syscalls.RESOLVE_NO_MAGICLINKS | (
+            syscalls.RESOLVE_IN_ROOT if follow else syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+        self._open: dict[str, int] = {}
+        self.made: set[str] = set()  # only where layers are applied: what this one brought
+        self.links: set[str] = set()
+        self._follow = follow
+        self._times: list[tuple[str, int]] = []
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.forget()
+        os.close(self.root)
+
+    def forget(self) -> None:
+        """Close the directories that are kept open; one of them has moved or gone."""
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def folder(self, path: str) -> int:
+        """A descriptor of a directory; missing ones are made, with mode 755."""
+        if path in ("", "."):
+            return self.root
+        if path not in self._open:
+            if len(self._open) >= 64:
+                self.forget()
+            self._check_links(path)
+            self._open[path] = self._enter(path)
+        return self._open[path]
+
+    def _check_links(self, path: str) -> None:
+        """No tool that reads a directory writes an entry behind a symbolic link of the same layer."""
+        while path:
+            if path in self.links:
+                raise _refuse(path, "nothing may be written through a symbolic link of the same layer")
+            path = os.path.dirname(path)
+
+    def _enter(self, path: str) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        try:
+            return syscalls.openat2(self.root, path, flags, self._resolve)
+        except KernelError as error:
+            if error.errno == errno.ELOOP:
+                raise _refuse(path, "nothing may be written through a symbolic link") from error
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
+        parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
+        self.remove(parent, name, path)
+        os.mkdir(name, 0o755, dir_fd=parent)
+        self.note(path)
+        return syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+
+    def note(self, path: str, link: bool = False) -> None:
+        """Remember what this layer brought, as far as somebody will ask."""
+        if self._follow:
+            self.made.add(path)
+            self.links.discard(path)
+            if link:
+                self.links.add(path)
+
+    def existing(self, parent: int, name: str) -> os.stat_result | None:
+        """What stands at a name now, without following a link."""
+        try:
+            return os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def remove(self, parent: int, name: str, path: str) -> None:
+        """Take away what stands at a name, with everything below it."""
+        found = self.existing(parent, name)
+        if found is None:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            self.forget_below(path)
+            machine.remove_tree(f"/proc/self/fd/{parent}/{name}")
+        else:
+            os.unlink(name, dir_fd=parent)
+
+    def forget_below(self, path: str) -> None:
+        """Close the directories kept open at and below a path, but for those that lead to it."""
+        for known in [known for known in self._open if known == path or known.startswith(path + "/")]:
+            os.close(self._open.pop(known))
+
+    def later(self, path: str, moment: int) -> None:
+        """A directory's time of change is set at the end: each entry made in it changes it."""
+        self._times.append((path, moment))
+
+    def set_times(self) -> None:
+        """Set the directories' times, the deepest last seen first."""
+        for path, moment in reversed(self._times):
+            with suppress(FileNotFoundError, NotADirectoryError, KernelError):  # a later entry took its place
+                fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY, self._resolve)
+                os.utime(fd, ns=(moment, moment))
+                os.close(fd)
+
+
+class _Writer:
+    """Makes the entries of one layer in a tree."""
+
+    def __init__(self, tree: _Tree, stream: _Ahead, overlay: bool, devices: Container[Any] | None) -> None:
+        self.tree, self.stream, self.overlay, self.devices = tree, stream, overlay, devices
+
+    def entry(self, member: tarfile.TarInfo) -> None:
+        """Make what one entry says, or raise BadInput before anything of it is made."""
+        path = check_path(member.name)
+        attributes, moment = _attributes(member, path), _mtime(member)
+        folder, name = os.path.split(path)
+        if name.startswith(WHITEOUT):
+            self._whiteout(folder, name, path)
+            return
+        if member.isdir():
+            self._directory(member, path, attributes, moment)
+            return
+        if path == ".":
+            raise _refuse(member.name, "the root of a layer must be a directory")
+        make = self._kind(member, path)
+        parent = self.tree.folder(folder)
+        self.tree.remove(parent, name, path)
+        make(member, parent, name, path)
+        self.tree.note(path, link=member.issym())
+        if not member.islnk():
+            self._finish(parent, name, member, attributes, moment)
+
+    def _kind(self, member: tarfile.TarInfo, path: str) -> Callable[[tarfile.TarInfo, int, str, str], None]:
+        if member.isreg():
+            return self._file
+        if member.issym():
+            return self._symlink
+        if member.islnk():
+            check_path(member.linkname, "link target")
+            return self._hard_link
+        if member.isfifo():
+            return self._node
+        if member.isdev():
+            _check_device(member, path, self.devices)
+            return self._node
+        raise _refuse(path, f"type {member.type!r} is not one of a layer")
+
+    def _whiteout(self, folder: str, name: str, path: str) -> None:
+        if name == OPAQUE:
+            self._opaque(folder)
+            return
+        hidden = _check_whiteout(path)
+        parent, lower = self.tree.folder(folder), os.path.join(folder, hidden)
+        found = self.tree.existing(parent, hidden)
+        if not self.overlay:
+            if found is not None and lower not in self.tree.made:
+                self.tree.remove(parent, hidden, lower)
+        elif found is None:
+            os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
+        elif stat.S_ISDIR(found.st_mode):  # the same layer has put a new directory there
+            os.setxattr(f"/proc/self/fd/{parent}/{hidden}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
+
+    def _opaque(self, folder: str) -> None:
+        """Hide all that lower layers have in a directory."""
+        fd = self.tree.folder(folder)
+        if self.overlay:
+            os.setxattr(fd, OVERLAY_OPAQUE, b"y")
+            return
+        for name in os.listdir(fd):
+            lower = os.path.join(folder, name)
+            if lower not in self.tree.made:
+                self.tree.remove(fd, name, lower)
+
+    def _directory(self, member: tarfile.TarInfo, path: str, attributes: dict[str, bytes], moment: int) -> None:
+        folder, name = os.path.split(path)
+        if path == ".":
+            parent, name = self.tree.root, "."
+        else:
+            parent = self.tree.folder(folder)
+            found = self.tree.existing(parent, name)
+            if found is None or not stat.S_ISDIR(found.st_mode):
+                self.tree.remove(parent, name, path)
+                os.mkdir(name, 0o700, dir_fd=parent)
+                if found is not None and stat.S_ISCHR(found.st_mode):  # a whiteout of this layer: hide the lower one
+                    os.setxattr(f"/proc/self/fd/{parent}/{name}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
+        self.tree.note(path)
+        self._finish(parent, name, member, attributes, moment)
+        self.tree.later(path, moment)
+
+    def _file(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=parent)
+        try:
+            if member.sparse is not None:
+                self._sparse(member, fd, path)
+            else:
+                for piece in self.stream.content(member.size):
+                    _write(fd, piece)
+        finally:
+            os.close(fd)
+
+    def _sparse(self, member: tarfile.TarInfo, fd: int, path: str) -> None:
+        stored = member.tarfile.offset - member.offset_data  # type: ignore[attr-defined]
+        parts = _check_sparse(member, path, stored)
+        os.ftruncate(fd, member.size)
+        for offset, size in parts:
+            os.lseek(fd, offset, os.SEEK_SET)
+            for piece in self.stream.content(size):
+                _write(fd, piece)
+
+    def _symlink(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
+        if not member.linkname or "\0" in member.linkname:
+            raise _refuse(path, "a symbolic link must have a target")
+        os.symlink(member.linkname, name, dir_fd=parent)
+
+    def _hard_link(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
+        folder, target = os.path.split(check_path(member.linkname, "link target"))
+        source = self.tree.folder(folder)
+        found = self.tree.existing(source, target)
+        if found is None or stat.S_ISDIR(found.st_mode) or _is_whiteout(found):
+            raise _refuse(path, f"hard link to {member.linkname!r}, which is no file of the layer")
+        os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+
+    def _node(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
+        kind = stat.S_IFIFO if member.isfifo() else _check_device(member, path, None)
+        number = 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor)
+        os.mknod(name, kind | 0o600, number, dir_fd=parent)
+
+    def _finish(self, parent: int, name: str, member: tarfile.TarInfo, attributes: dict[str, bytes],
+                moment: int) -> None:
+        """Owner, mode, attributes, times, in this order: a change of owner clears set-user-ID, chown(2)."""
+        os.chown(name, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
+        if not member.issym():
+            os.chmod(name, member.mode & 0o7777, dir_fd=parent)
+        for attribute, value in attributes.items():
+            os.setxattr(f"/proc/self/fd/{parent}/{name}", attribute, value, follow_symlinks=False)
+        os.utime(name, ns=(moment, moment), dir_fd=parent, follow_symlinks=False)
+
+
+def _is_whiteout(status: os.stat_result) -> bool:
+    """Whether overlay reads a file as "nothing is here": a character device 0:0."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def _write(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data):]
+
+
+def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "apply"] = "overlay",
+           limits: Limits = Limits(), devices: Container[tuple[int, int, int]] | None = DEVICES) -> Unpacked:
+    """Unpack one layer, plain, gzip or zstd, into an existing directory.
+
+    whiteouts: "overlay" makes a directory that overlay mounts as one layer (the directory should be empty);
+    "apply" puts the layer onto the tree that is there and removes what it hides.  devices: the device nodes
+    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.
+
+    Raises BadInput with the entry's name and the rule for what is refused; what came before it in the tar
+    has been made by then: give a directory that can be thrown away (image.unpack does).
+    """
+    with ExitStack() as undo:
+        stream = undo.enter_context(closing(_Ahead(source, limits.size)))
+        tree = undo.enter_context(closing(_Tree(target, follow=whiteouts == "apply")))
+        writer, entries, size = _Writer(tree, stream, whiteouts == "overlay", devices), 0, 0
+        try:
+            for member in _members(stream):
+                entries, size = entries + 1, size + member.size
+                if entries > limits.entries or size > limits.size:
+                    raise BadInput("layer", member.name, f"must not hold more than {limits.entries} entries "
+                                   f"and {limits.size} bytes")
+                writer.entry(member)
+            stream.drain()
+        except BROKEN as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}") from error
+        tree.set_times()
+        raw = stream.raw
+        return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
+                        entries, stream.tell())
+
+
+# The way back: a directory becomes a tar.
+
+
+class _Counting:
+    """Passes bytes on to a file, and takes their digest and number."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self.sha256, self.size = out, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._out.write(data)
+
+
+def walk(folder: str, path: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """Every path below a directory, relative to it, parents first and names in byte order; links are not followed."""
+    with os.scandir(os.path.join(folder, path)) as entries:
+        found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    for entry in found:
+        name, status = os.path.join(path, entry.name), entry.stat(follow_symlinks=False)
+        yield name, status
+        if stat.S_ISDIR(status.st_mode):
+            yield from walk(folder, name)
+
+
+def pack(upper: str, out: BinaryIO, *, epoch: int | None = None, skip: Container[str] = ()) -> Packed:
+    """Write the upper directory of an overlay as a layer: a POSIX.1-2001 (pax) tar in a fixed order.
+
+    Whiteouts and opaque directories become the files that the image specification wants; sockets are left
+    out.  epoch: no time of change is later than this, in seconds (SOURCE_DATE_EPOCH).  skip: paths not packed.
+    """
+    counting, entries, seen = _Counting(out), 0, dict[tuple[int, int], str]()
+    with tarfile.open(fileobj=counting, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:  # type: ignore[call-overload]
+        for path, status in walk(upper):
+            if path in skip or stat.S_ISSOCK(status.st_mode):
+                continue
+            for member in _entries(upper, path, status, seen, epoch):
+                _add(tar, upper, member)
+                entries += 1
+    return Packed(f"sha256:{counting.sha256.hexdigest()}", entries, counting.size)
+
+
+def _add(tar: tarfile.TarFile, upper: str, member: tarfile.TarInfo) -> None:
+    if member.isreg() and member.size:
+        with open(os.path.join(upper, member.name), "rb") as content:
+            tar.addfile(member, content)
+    else:
+        tar.addfile(member)
+
+
+def _entries(upper: str, path: str, status: os.stat_result, seen: dict[tuple[int, int], str],
+             epoch: int | None) -> Iterator[tarfile.TarInfo]:
+    """What stands in the tar for one path: itself or its whiteout, and for an opaque directory one entry more."""
+    folder, name = os.path.split(path)
+    if name.startswith(WHITEOUT):
+        raise BadInput("upper", path, "a name that begins with .wh. cannot stand in a layer")
+    if _is_whiteout(status):
+        yield _member(os.path.join(folder, WHITEOUT + name), status, epoch, stat.S_IFREG)
+        return
+    attributes = _overlay_free(os.path.join(upper, path), path)
+    member = _member(path, status, epoch, stat.S_IFMT(status.st_mode))
+    if stat.S_ISLNK(status.st_mode):
+        member.linkname = os.readlink(os.path.join(upper, path))
+    if status.st_nlink > 1 and not member.isdir() and (first := seen.setdefault((status.st_dev, status.st_ino), path)) != path:
+        member.type, member.linkname, member.size = tarfile.LNKTYPE, first, 0
+    else:
+        opaque = attributes.pop(OVERLAY_OPAQUE, b"") == b"y"
+        member.pax_headers |= {XATTR + key: value.decode("utf-8", "surrogateescape") for key, value in attributes.items()}
+        if opaque:
+            yield member
+            member = _member(os.path.join(path, OPAQUE), status, epoch, stat.S_IFREG)
+    yield member
+
+
+def _overlay_free(place: str, path: str) -> dict[str, bytes]:
+    """Its extended attributes, of overlay's own only the one that a tar can say."""
+    found = {name: os.getxattr(place, name, follow_symlinks=False) for name in os.listxattr(place, follow_symlinks=False)}
+    for name in list(found):
+        if name.startswith(OVERLAY_ATTRIBUTES) and name != OVERLAY_OPAQUE:
+            if name.endswith((".redirect", ".metacopy")):
+                raise BadInput("upper", path, f"{name}: what it stands for is in a lower layer")
+            del found[name]
+    return found
+
+
+TYPES = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE,
+         stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE, stat.S_IFIFO: tarfile.FIFOTYPE}
+
+
+def _member(path: str, status: os.stat_result, epoch: int | None, kind: int) -> tarfile.TarInfo:
+    """An entry with owner, mode and time; names of owners are left out, they differ between machines."""
+    member = tarfile.TarInfo(path)
+    member.type, member.mode = TYPES[kind], stat.S_IMODE(status.st_mode)
+    member.uid, member.gid = status.st_uid, status.st_gid
+    if kind == stat.S_IFREG and stat.S_ISREG(status.st_mode):
+        member.size = status.st_size
+    elif kind in (stat.S_IFCHR, stat.S_IFBLK):
+        member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
+    seconds, rest = divmod(status.st_mtime_ns, 10**9)
+    if epoch is not None and seconds >= epoch:
+        seconds, rest = epoch, 0
+    member.mtime = seconds
+    if rest:
+        member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
+    return member
