@@ -60,11 +60,19 @@ class Bind(NamedTuple):
     readonly: bool = False
 
 
+class Ids(NamedTuple):
+    """Who a command runs as: credentials(7)."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
 class Spec(NamedTuple):
     """What to start, checked: the parent builds it, the monitor and process 1 read it."""
 
     argv: list[str]
-    rootfs: str
+    layers: tuple[str, ...]
     hostname: str
     limits: dict[str, str]
     env: dict[str, str]
@@ -76,16 +84,17 @@ class Spec(NamedTuple):
     init: bool
     binds: list[Bind]
     devices: tuple[str, ...] | None
+    run_as: Ids | None
     stay: bool = True  # cgroup and layer outlive process 1, until the caller lets go
 
 
-def run(argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = None,
+def run(argv: Sequence[str], *, rootfs: str | Sequence[str] = "busybox", hostname: str | None = None,
         memory: int | str | None = None, swap: int | str | None = None, cpus: float | None = None,
         pids: int | None = None, env: Mapping[str, str] | None = None, cwd: str = "/", stdin: bytes = b"",
         timeout: float = 60, user: bool | namespaces.Map = False, time_offset: int | None = None,
         network: bool = False, readonly: bool = False, init: bool = False,
         mounts: Sequence[Bind | tuple[str, str]] = (),
-        devices: Sequence[str] | None = device_rules.DEFAULT) -> Result:
+        devices: Sequence[str] | None = device_rules.DEFAULT, run_as: Ids | None = None) -> Result:
     """Run a command in a container of its own and remove it: the arguments are those of Container.
 
     Raises Timeout after timeout seconds, CommandNotFound, NotExecutable, BadInput, KernelError or
@@ -93,7 +102,7 @@ def run(argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = 
     """
     container = Container(argv, rootfs=rootfs, hostname=hostname, memory=memory, swap=swap, cpus=cpus, pids=pids,
                           env=env, cwd=cwd, stdin=stdin, user=user, time_offset=time_offset, network=network,
-                          readonly=readonly, init=init, mounts=mounts, devices=devices)
+                          readonly=readonly, init=init, mounts=mounts, devices=devices, run_as=run_as)
     container.spec = container.spec._replace(stay=False)
     with container:
         return container.wait(timeout)
@@ -102,7 +111,8 @@ def run(argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = 
 class Container:
     """A container that lives as long as the with block; its cgroup and layer stay until the end of it.
 
-    rootfs: "busybox", "debian" or a directory, the read-only lower layer.  memory, swap: bytes or "64M";
+    rootfs: "busybox", "debian" or a directory, the read-only lower layer, or several, the lowest first (as
+    image.unpack_layers gives them).  run_as: the ids of the command; root without.  memory, swap: bytes or "64M";
     cpus: processors; pids: tasks.  user: True for a user namespace whose ids are SUBORDINATE, or a map
     row.  time_offset: seconds added to the monotonic and boot clocks.  network: False for a network
     namespace with only loopback, True for the host's.  init: a small init as process 1.  mounts: Bind
@@ -111,22 +121,22 @@ class Container:
     calls them blocks in write(2) until somebody does.
     """
 
-    def __init__(self, argv: Sequence[str], *, rootfs: str = "busybox", hostname: str | None = None,
+    def __init__(self, argv: Sequence[str], *, rootfs: str | Sequence[str] = "busybox", hostname: str | None = None,
                  memory: int | str | None = None, swap: int | str | None = None, cpus: float | None = None,
                  pids: int | None = None, env: Mapping[str, str] | None = None, cwd: str = "/",
                  stdin: bytes = b"", user: bool | namespaces.Map = False, time_offset: int | None = None,
                  network: bool = False, readonly: bool = False, init: bool = False,
                  mounts: Sequence[Bind | tuple[str, str]] = (),
-                 devices: Sequence[str] | None = device_rules.DEFAULT) -> None:
+                 devices: Sequence[str] | None = device_rules.DEFAULT, run_as: Ids | None = None) -> None:
         if user and network:
             raise BadInput("network", network, "sysfs of the host's network cannot be mounted in a user namespace")
         self.id = machine.new_name("c")
         name = self.id if hostname is None else hostname
         self.spec = Spec(
-            process.check_argv(argv), machine.rootfs(rootfs), _check_hostname(name),
+            process.check_argv(argv), _check_layers(rootfs, user), _check_hostname(name),
             cgroup.limits(memory, swap, cpus, pids), _environment(name, env), _absolute("cwd", cwd),
             _check_user(user), time_offset, network, readonly, init,
-            [_check_bind(bind) for bind in mounts], None if devices is None else tuple(devices))
+            [_check_bind(bind) for bind in mounts], None if devices is None else tuple(devices), run_as)
         self.upper = f"{machine.DATA}/{self.id}/upper"
         self.cgroup = cgroup.Cgroup(f"{machine.CGROUP}/{self.id}")
         self._stdin = stdin
@@ -242,6 +252,13 @@ def _check_bind(given: Bind | tuple[str, str]) -> Bind:
     return bind._replace(target=_absolute("mounts", bind.target))
 
 
+def _check_layers(rootfs: str | Sequence[str], user: object) -> tuple[str, ...]:
+    layers = (rootfs,) if isinstance(rootfs, str) else tuple(rootfs)
+    if not layers or (user and len(layers) > 1):
+        raise BadInput("rootfs", rootfs, "must be a directory or several; with a user namespace, one")
+    return tuple(machine.rootfs(one) for one in layers)
+
+
 def _check_user(user: bool | namespaces.Map) -> namespaces.Map | None:
     ids = SUBORDINATE if user is True else user or None
     if ids and (ids[0] != 0 or ids[2] <= TTY_GROUP):
@@ -267,7 +284,7 @@ def _supervise_container(name: str, spec: Spec, top: cgroup.Cgroup, program: int
         if pid == 0:
             process.child_main(lambda: _process_one(spec, layer, gate, channels.errors), channels.errors)
         if spec.user and ours:
-            _grant_ids(pid, spec.user, spec.rootfs, ours)
+            _grant_ids(pid, spec.user, spec.layers[0], ours)
         status, _ = watch(pid, channels, group.kill)
         tell(channels, _account(status, group))
         if spec.stay:
@@ -383,6 +400,11 @@ def _execute(spec: Spec, errors: int) -> int:
         os.chdir(spec.cwd)
     os.umask(0o022)
     close_all_but(errors)
+    if spec.run_as:
+        with process.step("run as"):
+            os.setgroups(spec.run_as.groups)
+            os.setresgid(*[spec.run_as.gid] * 3)
+            os.setresuid(*[spec.run_as.uid] * 3)
     if spec.init:
         return process.reap(spec.argv, spec.env, started=lambda: os.close(errors))
     process.fresh_signals()
@@ -397,12 +419,17 @@ def _enter_root(spec: Spec, layer: str, lower: int) -> None:
     """
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     trees = [_copy_tree(bind) for bind in spec.binds]
+    root = spec.layers[0]
     if lower >= 0:
-        syscalls.move_mount(lower, spec.rootfs)
-    extra = ",volatile,userxattr" if spec.user else ",volatile"
-    options = mounts.overlay_options([spec.rootfs], f"{layer}/upper", f"{layer}/work", extra)
-    syscalls.mount("overlay", spec.rootfs, "overlay", 0, options)
-    _pivot(spec.rootfs)
+        syscalls.move_mount(lower, root)
+    if len(spec.layers) > 1:
+        tree = mounts.overlay_tree(spec.layers[::-1], f"{layer}/upper", f"{layer}/work")
+        syscalls.move_mount(tree, root)
+    else:
+        extra = ",volatile,userxattr" if spec.user else ",volatile"
+        options = mounts.overlay_options([root], f"{layer}/upper", f"{layer}/work", extra)
+        syscalls.mount("overlay", root, "overlay", 0, options)
+    _pivot(root)
     _mount_api()
     _make_devices(bind=spec.user is not None)
     syscalls.umount2(".", syscalls.MNT_DETACH)

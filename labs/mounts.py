@@ -6,6 +6,7 @@ filesystems, devices, masked and read-only paths.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -112,6 +113,24 @@ def overlay(lower: Sequence[str], upper: str | None, work: str | None, target: s
     syscalls.mount("overlay", target, "overlay", 0, overlay_options(lower, upper, work))
     with _mounted(target):
         yield target
+
+
+def overlay_tree(lower: Sequence[str], upper: str, work: str) -> int:
+    """A detached overlay mount (for syscalls.move_mount) of any number of layers, uppermost first, volatile.
+
+    Each layer is an option of its own, "lowerdir+" (Linux 6.5), so no page has to hold them all: fsconfig(2).
+    """
+    context = syscalls.fsopen("overlay")
+    try:
+        for path in lower:
+            syscalls.fsconfig(context, syscalls.FSCONFIG_SET_STRING, "lowerdir+", path)
+        syscalls.fsconfig(context, syscalls.FSCONFIG_SET_STRING, "upperdir", upper)
+        syscalls.fsconfig(context, syscalls.FSCONFIG_SET_STRING, "workdir", work)
+        syscalls.fsconfig(context, syscalls.FSCONFIG_SET_FLAG, "volatile")
+        syscalls.fsconfig(context, syscalls.FSCONFIG_CMD_CREATE)
+        return syscalls.fsmount(context)
+    finally:
+        os.close(context)
 
 
 def overlay_options(lower: Sequence[str], upper: str | None = None, work: str | None = None,

@@ -552,3 +552,42 @@ class TestLimits:
             result = box.exec(["tail", "/dev/zero"])
             assert (result.code, result.signal) == (None, 9)
             assert box.cgroup.keyed("memory.events")["oom_kill"] == 1
+
+
+# Several layers, other ids
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """Busybox below 60 layers, more than one page of mount options could name; each has a file of its own."""
+    made = [machine.rootfs("busybox")]
+    for number in range(60):
+        folder = tmp_path / f"{'long-' * 12}{number}"
+        folder.mkdir()
+        (folder / f"from-{number}").write_text(str(number))
+        (folder / "same").write_text(str(number))
+        made.append(str(folder))
+    return made
+
+
+def test_many_layers_are_one_root_and_the_last_one_wins(layers):
+    result = run("ls / | grep -c from-; cat /same; touch /new", rootfs=layers)
+    assert (result.code, result.stdout) == (0, "60\n59")
+    assert not any((Path(layer) / "new").exists() for layer in layers)
+
+
+def test_a_command_runs_as_the_ids_given():
+    result = run("id -u; id -g; id -G; touch /x", run_as=container.Ids(1234, 5678, (91, 92)))
+    assert result.stdout.split() == ["1234", "5678", "5678", "91", "92"]
+    assert "Permission denied" in result.stderr
+
+
+@pytest.mark.parametrize("rootfs", [[], ["busybox", "nowhere"]])
+def test_bad_layers_are_refused(rootfs):
+    with pytest.raises(errors.BadInput, match="rootfs"):
+        run("true", rootfs=rootfs)
+
+
+def test_a_user_namespace_takes_one_layer(layers):
+    with pytest.raises(errors.BadInput, match="with a user namespace, one"):
+        run("true", rootfs=layers, user=True)
