@@ -22,11 +22,17 @@ class Row(NamedTuple):
     runs: int
 
 
-def side_by_side(ways: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1) -> list[Row]:
-    """Time every way `runs` times, in turn (A B C, A B C, …), so that a machine that drifts drifts for all of them."""
+def side_by_side(
+    ways: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1, before: Callable[[], object] = bool
+) -> list[Row]:
+    """Time every way `runs` times, in turn (A B C, A B C, …), so that a machine that drifts drifts for all of them.
+
+    `before` is called, unmeasured, before each.
+    """
     times: dict[str, list[float]] = {who: [] for who in ways}
     for round_ in range(-warmup, runs):
         for who, way in ways.items():
+            before()
             start = time.perf_counter()
             way()
             if round_ >= 0:

@@ -177,7 +177,7 @@ class Layout:
             with open(f"{self.path}/oci-layout", encoding="utf-8") as file:
                 version = json.load(file).get("imageLayoutVersion")
         except (OSError, ValueError, AttributeError) as error:
-            raise BadInput("layout", self.path, "must be an image layout: a directory with a file oci-layout") from error
+            raise BadInput("layout", self.path, "must be a directory with a file oci-layout") from error
         if version != "1.0.0":
             raise BadInput("layout", version, "imageLayoutVersion must be 1.0.0")
 
@@ -186,7 +186,8 @@ class Layout:
         """An empty layout in a new or empty directory; the one that is there, if it is one."""
         os.makedirs(f"{os.fspath(path)}/blobs/sha256", exist_ok=True)
         if not os.path.exists(f"{os.fspath(path)}/oci-layout"):
-            _replace(f"{os.fspath(path)}/index.json", canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": []}))
+            index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": []}
+            _replace(f"{os.fspath(path)}/index.json", canonical(index))
             _replace(f"{os.fspath(path)}/oci-layout", canonical({"imageLayoutVersion": "1.0.0"}))
         return cls(path)
 
@@ -368,7 +369,7 @@ class Image(NamedTuple):
 
     @property
     def run(self) -> dict[str, Any]:
-        """What a container of it runs by default: Env, Cmd, Entrypoint, User, WorkingDir …"""
+        """What a container of it runs by default: Env, Cmd, Entrypoint, User, WorkingDir and so on."""
         return self.settings.get("config") or {}
 
 
@@ -432,7 +433,7 @@ def _all_or_nothing(target: str) -> Iterator[str]:
     if os.path.exists(target):
         raise BadInput("target", target, "must not be there yet")
     folder = tempfile.mkdtemp(prefix=".labs-", dir=os.path.dirname(os.path.abspath(target)))
-    os.chmod(folder, 0o755)
+    os.chmod(folder, 0o755)  # noqa: S103  the root directory of a container
     try:
         yield folder
         os.rename(folder, target)
@@ -479,9 +480,8 @@ def add_layer(layout: Layout, upper: str, *, compression: str = "gzip", epoch: i
     """
     if compression not in ("gzip", "zstd", ""):
         raise BadInput("compression", compression, 'must be "gzip", "zstd" or ""')
-    with layout.incoming() as blob:
-        with _compressor(blob, compression) as out:
-            packed = layer.pack(upper, out, epoch=epoch, skip=skip)
+    with layout.incoming() as blob, _compressor(blob, compression) as out:
+        packed = layer.pack(upper, out, epoch=epoch, skip=skip)
     media_type = f"{LAYER}+{compression}" if compression else LAYER
     return Descriptor(media_type, blob.digest, blob.offset), packed.diff_id
 
@@ -536,6 +536,6 @@ def copy(source: Layout, name: str, target: Layout, new_name: str | None = None)
             waiting += children(parse(source.read(one), one.media_type))
         if not target.has(one.digest):
             with source.open(one.digest) as file, target.incoming(one) as blob:
-                shutil.copyfileobj(file, blob, layer.BLOCK)  # type: ignore[misc]
+                shutil.copyfileobj(file, blob, layer.BLOCK)
     target.tag(new_name or name, top._replace(annotations={}))
     return top
