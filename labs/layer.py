@@ -37,6 +37,9 @@ XATTR = "SCHILY.xattr."  # the key of an extended attribute in a pax header, sta
 BLOCK = 1 << 20
 AHEAD = 8  # blocks that the reading thread may be ahead
 HEADER_BYTES = 1 << 20  # what the headers of one entry may hold
+OPEN = 64  # directories kept open
+NOBODY_AT_ALL = (1 << 32) - 1  # (uid_t) -1
+DEFAULT_ACL = "system.posix_acl_default"  # what new files in a directory inherit, acl(5)
 DEVICES = {(stat.S_IFCHR, d.major, d.minor) for d in mounts.DEVICES} | {(stat.S_IFCHR, 5, 1), (stat.S_IFCHR, 5, 2)}
 BROKEN = (tarfile.TarError, EOFError, zlib.error, igzip.BadGzipFile, zstandard.ZstdError, InvalidOperation,
           RecursionError, OverflowError, ValueError)
@@ -158,15 +161,15 @@ class _Ahead:
             self._put(error)
 
     def _put(self, item: bytes | BaseException) -> bool:
-        while not self._stop.is_set():
-            with suppress(queue.Full):
-                self._blocks.put(item, timeout=0.2)
-                return True
-        return False
+        self._blocks.put(item)
+        return not self._stop.is_set()
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread, which may be waiting for room."""
         self._stop.set()
+        with suppress(queue.Empty):
+            while True:
+                self._blocks.get_nowait()
         self._thread.join()
 
     def _next(self) -> bool:
@@ -218,13 +221,23 @@ class _Ahead:
             self._position += len(self._block)
 
 
-def _members(stream: _Ahead) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar, one after the other, none kept; tarfile alone would end silently at a broken header."""
-    tar = tarfile.TarFile(fileobj=stream, encoding="utf-8")  # type: ignore[arg-type]
+class _Unheard(dict[str, str]):
+    """Global pax headers: Go's archive/tar, with which the engines read layers, does not apply them, nor do we."""
+
+    def __setitem__(self, key: str, value: str) -> None:
+        pass
+
+
+def _members(stream: _Ahead) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The entries of a tar one after the other, each with how many bytes are stored for it; none is kept.
+
+    tarfile alone would end silently at a broken header.
+    """
+    tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", pax_headers=_Unheard())  # type: ignore[arg-type]
     member = tar.firstmember  # type: ignore[attr-defined]
     while member is not None:
         tar.members.clear()  # type: ignore[attr-defined]
-        yield member
+        yield member, tar.offset - member.offset_data  # type: ignore[attr-defined]
         stream.headers = 0
         stream.seek(tar.offset)  # type: ignore[attr-defined]
         try:
@@ -249,6 +262,8 @@ def check_path(name: str, what: str = "path") -> str:
         raise _refuse(name, f"{what} must not have .. in it")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
         raise _refuse(name, f"{what} must not have control characters in it")
+    if any(part.startswith(WHITEOUT) for part in parts[:-1]):
+        raise _refuse(name, f"{what} must not lead through a whiteout")
     if any(len(os.fsencode(part)) > 255 for part in parts) or len(os.fsencode(name)) >= 4096:
         raise _refuse(name, f"{what} must be shorter than 4096 bytes, each part than 256")
     return "/".join(parts) or "."
@@ -264,10 +279,19 @@ def _check_whiteout(path: str) -> str:
 
 def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | None) -> int:
     kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
-    if allowed is not None and (kind, member.devmajor, member.devminor) not in allowed:
+    device = kind, member.devmajor, member.devminor
+    if device == (stat.S_IFCHR, 0, 0) or (allowed is not None and device not in allowed):
         letter = "c" if member.ischr() else "b"
         raise _refuse(path, f"device {letter} {member.devmajor}:{member.devminor} is not one that a layer may bring")
     return kind
+
+
+def _check_numbers(member: tarfile.TarInfo, path: str) -> None:
+    """A size is never negative; the owner -1 would mean "leave as it is" to chown(2)."""
+    if member.size < 0:
+        raise _refuse(path, f"size {member.size} must not be negative")
+    if not (0 <= member.uid < NOBODY_AT_ALL and 0 <= member.gid < NOBODY_AT_ALL):
+        raise _refuse(path, f"owner {member.uid}:{member.gid} must be numbers from 0 to {NOBODY_AT_ALL - 1}")
 
 
 def _attributes(member: tarfile.TarInfo, path: str) -> dict[str, bytes]:
@@ -280,26 +304,24 @@ def _attributes(member: tarfile.TarInfo, path: str) -> dict[str, bytes]:
     return found
 
 
-def _check_sparse(member: tarfile.TarInfo, path: str, stored: int) -> list[tuple[int, int]]:
-    """The parts of a sparse file: in order, within its size, as many bytes as are stored."""
-    parts: list[tuple[int, int]] = member.sparse or []
-    end = 0
-    for offset, size in parts:
+def _check_sparse(member: tarfile.TarInfo, path: str, stored: int) -> None:
+    """The parts of a sparse file: in order, within its size, as many bytes as are stored; empty ones say nothing."""
+    member.sparse, end = [part for part in member.sparse if part[1]], 0
+    for offset, size in member.sparse:
         if size < 0 or offset < end or offset + size > member.size:
             raise _refuse(path, "parts of a sparse file must lie in order and within its size")
         end = offset + size
-    if -(-sum(size for _, size in parts) // 512) * 512 != stored:
+    if -(-sum(size for _, size in member.sparse) // 512) * 512 != stored:
         raise _refuse(path, "parts of a sparse file must add up to what is stored")
-    return parts
 
 
 def _mtime(member: tarfile.TarInfo) -> int:
     """Its time of change in nanoseconds; a pax header has more digits than a float."""
     text = member.pax_headers.get("mtime")
-    moment = int(Decimal(text) * 10**9) if text else int(member.mtime) * 10**9
-    if not -(1 << 62) < moment < 1 << 62:
-        raise _refuse(member.name, "time of change must be within 146 years of 1970")
-    return moment
+    seconds = Decimal(text) if text else Decimal(int(member.mtime))
+    if not -(1 << 32) < seconds < 1 << 32:
+        raise _refuse(member.name, "time of change must be within 136 years of 1970")
+    return int(seconds * 10**9)
 
 
 # The target directory, which nothing leaves.
@@ -308,71 +330,98 @@ def _mtime(member: tarfile.TarInfo) -> int:
 class _Tree:
     """A directory and what is made in it: every path is resolved by openat2(2), never by this program.
 
-    follow: whether the symbolic links of lower layers are followed, with the directory as their root, as it
-    is when layers are applied one onto the other; links of this layer never are.
+    overlay: it is one layer, and says what it hides as overlay does; no symbolic link is followed.  Otherwise layers
+    are applied one onto the other: links of lower layers are followed, with the directory as their root, links of
+    this layer never, and what is hidden is removed.
     """
 
-    def __init__(self, target: str, follow: bool) -> None:
+    def __init__(self, target: str, overlay: bool) -> None:
         self.root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.overlay = overlay
         self._resolve = syscalls.RESOLVE_NO_MAGICLINKS | (
-            syscalls.RESOLVE_IN_ROOT if follow else syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
-        self._open: dict[str, int] = {}
-        self.made: set[str] = set()  # only where layers are applied: what this one brought
-        self.links: set[str] = set()
-        self._follow = follow
-        self._times: list[tuple[str, int]] = []
+            syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS if overlay else syscalls.RESOLVE_IN_ROOT)
+        self._open: dict[str, int] = {}  # the last used at the end
+        self._made: dict[str, bool] = {}  # only where layers are applied: made by this one, or on the way to such
+        self._links: set[str] = set()
+        self._times: dict[str, int] = {}
+        self._acls: dict[str, bytes] = {}
+        self._without_acl(self.root, ".")
 
     def close(self) -> None:
         """Close what is open."""
-        self.forget()
+        self.forget("")
         os.close(self.root)
 
-    def forget(self) -> None:
-        """Close the directories that are kept open; one of them has moved or gone."""
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+    def forget(self, path: str) -> None:
+        """Close the directories kept open, but for those that lead to a path: one of them may be gone now."""
+        for known in [known for known in self._open if not path.startswith(known + "/")]:
+            os.close(self._open.pop(known))
 
-    def folder(self, path: str) -> int:
-        """A descriptor of a directory; missing ones are made, with mode 755."""
+    def folder(self, path: str, make: bool = True) -> int:
+        """A descriptor of a directory; missing ones are made, with mode 755.  It and the one before it stay open."""
         if path in ("", "."):
             return self.root
-        if path not in self._open:
-            if len(self._open) >= 64:
-                self.forget()
+        fd = self._open.pop(path, None)
+        if fd is None:
             self._check_links(path)
-            self._open[path] = self._enter(path)
-        return self._open[path]
+            fd = self._enter(path, make)
+            if len(self._open) >= OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[path] = fd
+        return fd
 
     def _check_links(self, path: str) -> None:
         """No tool that reads a directory writes an entry behind a symbolic link of the same layer."""
         while path:
-            if path in self.links:
+            if path in self._links:
                 raise _refuse(path, "nothing may be written through a symbolic link of the same layer")
             path = os.path.dirname(path)
 
-    def _enter(self, path: str) -> int:
+    def _enter(self, path: str, make: bool) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY
         try:
-            return syscalls.openat2(self.root, path, flags, self._resolve)
+            fd = syscalls.openat2(self.root, path, flags, self._resolve)
         except KernelError as error:
             if error.errno == errno.ELOOP:
                 raise _refuse(path, "nothing may be written through a symbolic link") from error
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
-        parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
-        self.remove(parent, name, path)
-        os.mkdir(name, 0o755, dir_fd=parent)
+            if not make:
+                raise _refuse(path, "no such directory in the layer") from error
+            parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
+            self.directory(parent, name, path, 0o755)
+            fd = syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+        self._without_acl(fd, path)
+        return fd
+
+    def _without_acl(self, fd: int, path: str) -> None:
+        """What a layer's files have, the layer says: a default ACL comes off its directory until the end."""
+        if DEFAULT_ACL in os.listxattr(fd):
+            self._acls[path] = os.getxattr(fd, DEFAULT_ACL)
+            os.removexattr(fd, DEFAULT_ACL)
+
+    def directory(self, parent: int, name: str, path: str, mode: int) -> None:
+        """Make a directory.  Where it replaces a file or a whiteout of its layer, it hides what they did."""
+        replaced = self.remove(parent, name, path)
+        os.mkdir(name, mode, dir_fd=parent)
+        if replaced and self.overlay:
+            self.opaque(parent, name)
         self.note(path)
-        return syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+
+    def opaque(self, parent: int, name: str) -> None:
+        """Tell overlay that a directory hides all that lower layers have in it."""
+        os.setxattr(f"/proc/self/fd/{parent}/{name}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
 
     def note(self, path: str, link: bool = False) -> None:
         """Remember what this layer brought, as far as somebody will ask."""
-        if self._follow:
-            self.made.add(path)
-            self.links.discard(path)
-            if link:
-                self.links.add(path)
+        if self.overlay:
+            return
+        self._links.discard(path)
+        if link:
+            self._links.add(path)
+        self._made[path] = True
+        while (path := os.path.dirname(path)) and path not in self._made:
+            self._made[path] = False
 
     def existing(self, parent: int, name: str) -> os.stat_result | None:
         """What stands at a name now, without following a link."""
@@ -381,44 +430,68 @@ class _Tree:
         except FileNotFoundError:
             return None
 
-    def remove(self, parent: int, name: str, path: str) -> None:
-        """Take away what stands at a name, with everything below it."""
+    def remove(self, parent: int, name: str, path: str) -> bool:
+        """Take away what stands at a name, with everything below it; whether there was something."""
         found = self.existing(parent, name)
         if found is None:
-            return
+            return False
+        if stat.S_ISDIR(found.st_mode) or stat.S_ISLNK(found.st_mode):
+            self.forget(path)
         if stat.S_ISDIR(found.st_mode):
-            self.forget_below(path)
             machine.remove_tree(f"/proc/self/fd/{parent}/{name}")
         else:
             os.unlink(name, dir_fd=parent)
+        return True
 
-    def forget_below(self, path: str) -> None:
-        """Close the directories kept open at and below a path, but for those that lead to it."""
-        for known in [known for known in self._open if known == path or known.startswith(path + "/")]:
-            os.close(self._open.pop(known))
+    def hide(self, folder: str, name: str) -> None:
+        """Remove what lower layers have at a name; what this layer has brought stays, in whatever order it came."""
+        parent, path = self.folder(folder), os.path.join(folder, name)
+        found = self.existing(parent, name)
+        if found and stat.S_ISDIR(found.st_mode) and path in self._made:
+            for inner in os.listdir(self.folder(path)):
+                self.hide(path, inner)
+        elif not self._made.get(path):
+            self.remove(parent, name, path)
 
-    def later(self, path: str, moment: int) -> None:
-        """A directory's time of change is set at the end: each entry made in it changes it."""
-        self._times.append((path, moment))
+    def later(self, path: str, moment: int, acl: bytes | None) -> None:
+        """What a directory gets at the end: each entry made in it changes its time, and would inherit its ACL."""
+        self._times[path] = moment
+        self._acls.pop(path, None)
+        if acl:
+            self._acls[path] = acl
 
-    def set_times(self) -> None:
-        """Set the directories' times, the deepest last seen first."""
-        for path, moment in reversed(self._times):
-            with suppress(FileNotFoundError, NotADirectoryError, KernelError):  # a later entry took its place
-                fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY, self._resolve)
-                os.utime(fd, ns=(moment, moment))
-                os.close(fd)
+    def finish(self) -> None:
+        """Give the directories what was put off."""
+        for path, acl in self._acls.items():
+            self._at_last(path, lambda fd, acl=acl: os.setxattr(fd, DEFAULT_ACL, acl))
+        for path, moment in self._times.items():
+            self._at_last(path, lambda fd, moment=moment: os.utime(fd, ns=(moment, moment)))
+
+    def _at_last(self, path: str, act: Callable[[int], object]) -> None:
+        try:
+            fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._resolve)
+        except KernelError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a later entry took its place
+                raise
+            return
+        try:
+            act(fd)
+        finally:
+            os.close(fd)
 
 
 class _Writer:
     """Makes the entries of one layer in a tree."""
 
-    def __init__(self, tree: _Tree, stream: _Ahead, overlay: bool, devices: Container[Any] | None) -> None:
-        self.tree, self.stream, self.overlay, self.devices = tree, stream, overlay, devices
+    def __init__(self, tree: _Tree, stream: _Ahead, devices: Container[Any] | None) -> None:
+        self.tree, self.stream, self.devices = tree, stream, devices
 
-    def entry(self, member: tarfile.TarInfo) -> None:
-        """Make what one entry says, or raise BadInput before anything of it is made."""
+    def entry(self, member: tarfile.TarInfo, stored: int) -> None:
+        """Make what one entry says, of which so many bytes are stored, or raise BadInput before anything of it is made."""
         path = check_path(member.name)
+        _check_numbers(member, path)
+        if member.sparse is not None:
+            _check_sparse(member, path, stored)
         attributes, moment = _attributes(member, path), _mtime(member)
         folder, name = os.path.split(path)
         if name.startswith(WHITEOUT):
@@ -443,7 +516,8 @@ class _Writer:
         if member.issym():
             return self._symlink
         if member.islnk():
-            check_path(member.linkname, "link target")
+            if check_path(member.linkname, "link target") == path:
+                raise _refuse(path, "a hard link must not be to itself")
             return self._hard_link
         if member.isfifo():
             return self._node
@@ -453,77 +527,67 @@ class _Writer:
         raise _refuse(path, f"type {member.type!r} is not one of a layer")
 
     def _whiteout(self, folder: str, name: str, path: str) -> None:
-        if name == OPAQUE:
-            self._opaque(folder)
-            return
-        hidden = _check_whiteout(path)
-        parent, lower = self.tree.folder(folder), os.path.join(folder, hidden)
-        found = self.tree.existing(parent, hidden)
-        if not self.overlay:
-            if found is not None and lower not in self.tree.made:
-                self.tree.remove(parent, hidden, lower)
-        elif found is None:
+        """Hide what lower layers have: whiteouts apply to them only, image-spec/layer.md."""
+        hidden = "" if name == OPAQUE else _check_whiteout(path)
+        parent = self.tree.folder(folder)
+        if not self.tree.overlay:
+            for lower in [hidden] if hidden else os.listdir(parent):
+                self.tree.hide(folder, lower)
+        elif not hidden:
+            if not folder:
+                raise _refuse(path, "overlay has no way to make its root opaque")
+            self.tree.opaque(parent, ".")
+        elif (found := self.tree.existing(parent, hidden)) is None:
             os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
         elif stat.S_ISDIR(found.st_mode):  # the same layer has put a new directory there
-            os.setxattr(f"/proc/self/fd/{parent}/{hidden}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
-
-    def _opaque(self, folder: str) -> None:
-        """Hide all that lower layers have in a directory."""
-        fd = self.tree.folder(folder)
-        if self.overlay:
-            os.setxattr(fd, OVERLAY_OPAQUE, b"y")
-            return
-        for name in os.listdir(fd):
-            lower = os.path.join(folder, name)
-            if lower not in self.tree.made:
-                self.tree.remove(fd, name, lower)
+            self.tree.opaque(parent, hidden)
 
     def _directory(self, member: tarfile.TarInfo, path: str, attributes: dict[str, bytes], moment: int) -> None:
         folder, name = os.path.split(path)
-        if path == ".":
-            parent, name = self.tree.root, "."
-        else:
-            parent = self.tree.folder(folder)
-            found = self.tree.existing(parent, name)
-            if found is None or not stat.S_ISDIR(found.st_mode):
-                self.tree.remove(parent, name, path)
-                os.mkdir(name, 0o700, dir_fd=parent)
-                if found is not None and stat.S_ISCHR(found.st_mode):  # a whiteout of this layer: hide the lower one
-                    os.setxattr(f"/proc/self/fd/{parent}/{name}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
-        self.tree.note(path)
+        parent = self.tree.folder(folder)
+        found = self.tree.existing(parent, name)
+        if found is None or not stat.S_ISDIR(found.st_mode):
+            self.tree.directory(parent, name, path, 0o700)
+        elif not self.tree.overlay:
+            self._clear(f"/proc/self/fd/{parent}/{name}")
+            self.tree.note(path)
+        acl = attributes.pop(DEFAULT_ACL, None)
         self._finish(parent, name, member, attributes, moment)
-        self.tree.later(path, moment)
+        self.tree.later(path, moment, acl)
+
+    def _clear(self, place: str) -> None:
+        """A directory shows the attributes of the uppermost layer that has it, and no others."""
+        for attribute in os.listxattr(place, follow_symlinks=False):
+            os.removexattr(place, attribute, follow_symlinks=False)
 
     def _file(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, 0o600, dir_fd=parent)
         try:
             if member.sparse is not None:
-                self._sparse(member, fd, path)
+                self._sparse(member, fd)
             else:
                 for piece in self.stream.content(member.size):
                     _write(fd, piece)
         finally:
             os.close(fd)
 
-    def _sparse(self, member: tarfile.TarInfo, fd: int, path: str) -> None:
-        stored = member.tarfile.offset - member.offset_data  # type: ignore[attr-defined]
-        parts = _check_sparse(member, path, stored)
+    def _sparse(self, member: tarfile.TarInfo, fd: int) -> None:
         os.ftruncate(fd, member.size)
-        for offset, size in parts:
+        for offset, size in member.sparse:
             os.lseek(fd, offset, os.SEEK_SET)
             for piece in self.stream.content(size):
                 _write(fd, piece)
 
     def _symlink(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        if not member.linkname or "\0" in member.linkname:
-            raise _refuse(path, "a symbolic link must have a target")
+        if not 0 < len(os.fsencode(member.linkname)) < 4096 or "\0" in member.linkname:
+            raise _refuse(path, "a symbolic link must have a target, shorter than 4096 bytes")
         os.symlink(member.linkname, name, dir_fd=parent)
 
     def _hard_link(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
         folder, target = os.path.split(check_path(member.linkname, "link target"))
-        source = self.tree.folder(folder)
-        found = self.tree.existing(source, target)
+        source = self.tree.folder(folder, make=False)
+        found = self.tree.existing(source, target) if target != "." else None
         if found is None or stat.S_ISDIR(found.st_mode) or _is_whiteout(found):
             raise _refuse(path, f"hard link to {member.linkname!r}, which is no file of the layer")
         os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
@@ -567,21 +631,21 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
     """
     with ExitStack() as undo:
         stream = undo.enter_context(closing(_Ahead(source, limits.size)))
-        tree = undo.enter_context(closing(_Tree(target, follow=whiteouts == "apply")))
-        writer, entries, size = _Writer(tree, stream, whiteouts == "overlay", devices), 0, 0
+        tree = undo.enter_context(closing(_Tree(target, overlay=whiteouts == "overlay")))
+        writer, entries, size = _Writer(tree, stream, devices), 0, 0
         try:
-            for member in _members(stream):
+            for member, stored in _members(stream):
                 entries, size = entries + 1, size + member.size
                 if entries > limits.entries or size > limits.size:
                     raise BadInput("layer", member.name, f"must not hold more than {limits.entries} entries "
                                    f"and {limits.size} bytes")
-                writer.entry(member)
+                writer.entry(member, stored)
             stream.drain()
         except BROKEN as error:
             if isinstance(error, BadInput):
                 raise
             raise BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}") from error
-        tree.set_times()
+        tree.finish()
         raw = stream.raw
         return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
                         entries, stream.tell())
@@ -686,10 +750,8 @@ def _member(path: str, status: os.stat_result, epoch: int | None, kind: int) -> 
         member.size = status.st_size
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
-    seconds, rest = divmod(status.st_mtime_ns, 10**9)
-    if epoch is not None and seconds >= epoch:
-        seconds, rest = epoch, 0
-    member.mtime = seconds
-    if rest:
-        member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
+    moment = status.st_mtime_ns if epoch is None else min(status.st_mtime_ns, epoch * 10**9)
+    member.mtime = moment // 10**9
+    if moment % 10**9:
+        member.pax_headers = {"mtime": f"{Decimal(moment).scaleb(-9):f}"}
     return member
