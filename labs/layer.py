@@ -52,6 +52,9 @@ class Limits(NamedTuple):
     entries: int = 2_000_000
 
 
+LIMITS = Limits()
+
+
 class Unpacked(NamedTuple):
     """What was unpacked.
 
@@ -107,10 +110,10 @@ def decompressed(source: BinaryIO) -> BinaryIO:
     start = source.read(4)
     whole: Any = io.BufferedReader(_Chain(start, source), BLOCK)
     if start.startswith(b"\x1f\x8b"):
-        return igzip.IGzipFile(fileobj=whole, mode="rb")  # type: ignore[return-value]
+        return igzip.IGzipFile(fileobj=whole, mode="rb")  # type: ignore[no-untyped-call, return-value]
     if start == b"\x28\xb5\x2f\xfd":
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        return reader.stream_reader(whole, read_across_frames=True)  # type: ignore[return-value]
+        return reader.stream_reader(whole, read_across_frames=True)
     return whole  # type: ignore[no-any-return]
 
 
@@ -145,13 +148,7 @@ class _Ahead:
 
     def _run(self) -> None:
         try:
-            plain = decompressed(self.raw)  # type: ignore[arg-type]
-            left = self._limit
-            while block := plain.read(BLOCK):
-                self.sha256.update(block)
-                left -= len(block)
-                if left < 0:
-                    raise BadInput("layer", f"over {self._limit} bytes", "must not unpack to more than the limit")
+            for block in self._plain():
                 if not self._put(block):
                     return
             while self.raw.read(BLOCK):
@@ -159,6 +156,15 @@ class _Ahead:
             self._put(b"")
         except BaseException as error:  # noqa: BLE001  it is raised where the blocks are read
             self._put(error)
+
+    def _plain(self) -> Iterator[bytes]:
+        plain, left = decompressed(self.raw), self._limit  # type: ignore[arg-type]
+        while block := plain.read(BLOCK):
+            self.sha256.update(block)
+            left -= len(block)
+            if left < 0:
+                raise BadInput("layer", f"over {self._limit} bytes", "must not unpack to more than the limit")
+            yield block
 
     def _put(self, item: bytes | BaseException) -> bool:
         self._blocks.put(item)
@@ -233,13 +239,14 @@ def _members(stream: _Ahead) -> Iterator[tuple[tarfile.TarInfo, int]]:
 
     tarfile alone would end silently at a broken header.
     """
-    tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", pax_headers=_Unheard())  # type: ignore[arg-type]
-    member = tar.firstmember  # type: ignore[attr-defined]
+    source: Any = stream
+    tar: Any = tarfile.TarFile(fileobj=source, encoding="utf-8", pax_headers=_Unheard())
+    member = tar.firstmember
     while member is not None:
-        tar.members.clear()  # type: ignore[attr-defined]
-        yield member, tar.offset - member.offset_data  # type: ignore[attr-defined]
+        tar.members.clear()
+        yield member, tar.offset - member.offset_data
         stream.headers = 0
-        stream.seek(tar.offset)  # type: ignore[attr-defined]
+        stream.seek(tar.offset)
         try:
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -277,13 +284,15 @@ def _check_whiteout(path: str) -> str:
     return hidden
 
 
-def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | None) -> int:
-    kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
-    device = kind, member.devmajor, member.devminor
+def _kind_of_device(member: tarfile.TarInfo) -> int:
+    return stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+
+
+def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | None) -> None:
+    device = _kind_of_device(member), member.devmajor, member.devminor
     if device == (stat.S_IFCHR, 0, 0) or (allowed is not None and device not in allowed):
         letter = "c" if member.ischr() else "b"
         raise _refuse(path, f"device {letter} {member.devmajor}:{member.devminor} is not one that a layer may bring")
-    return kind
 
 
 def _check_numbers(member: tarfile.TarInfo, path: str) -> None:
@@ -304,15 +313,19 @@ def _attributes(member: tarfile.TarInfo, path: str) -> dict[str, bytes]:
     return found
 
 
-def _check_sparse(member: tarfile.TarInfo, path: str, stored: int) -> None:
+def _parts(member: tarfile.TarInfo, path: str, stored: int) -> list[tuple[int, int]] | None:
     """The parts of a sparse file: in order, within its size, as many bytes as are stored; empty ones say nothing."""
-    member.sparse, end = [part for part in member.sparse if part[1]], 0
-    for offset, size in member.sparse:
+    everything: Any = member.sparse
+    if everything is None:
+        return None
+    parts, end = [(offset, size) for offset, size in everything if size], 0
+    for offset, size in parts:
         if size < 0 or offset < end or offset + size > member.size:
             raise _refuse(path, "parts of a sparse file must lie in order and within its size")
         end = offset + size
-    if -(-sum(size for _, size in member.sparse) // 512) * 512 != stored:
+    if -(-sum(size for _, size in parts) // 512) * 512 != stored:
         raise _refuse(path, "parts of a sparse file must add up to what is stored")
+    return parts
 
 
 def _mtime(member: tarfile.TarInfo) -> int:
@@ -322,6 +335,22 @@ def _mtime(member: tarfile.TarInfo) -> int:
     if not -(1 << 32) < seconds < 1 << 32:
         raise _refuse(member.name, "time of change must be within 136 years of 1970")
     return int(seconds * 10**9)
+
+
+class _Entry(NamedTuple):
+    """An entry that was checked: what it is called here, its attributes, its time, the parts of a sparse file."""
+
+    member: tarfile.TarInfo
+    path: str
+    attributes: dict[str, bytes]
+    moment: int
+    parts: list[tuple[int, int]] | None
+
+
+def _checked(member: tarfile.TarInfo, stored: int) -> _Entry:
+    path = check_path(member.name)
+    _check_numbers(member, path)
+    return _Entry(member, path, _attributes(member, path), _mtime(member), _parts(member, path, stored))
 
 
 # The target directory, which nothing leaves.
@@ -462,22 +491,20 @@ class _Tree:
 
     def finish(self) -> None:
         """Give the directories what was put off."""
-        for path, acl in self._acls.items():
-            self._at_last(path, lambda fd, acl=acl: os.setxattr(fd, DEFAULT_ACL, acl))
-        for path, moment in self._times.items():
-            self._at_last(path, lambda fd, moment=moment: os.utime(fd, ns=(moment, moment)))
-
-    def _at_last(self, path: str, act: Callable[[int], object]) -> None:
-        try:
-            fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._resolve)
-        except KernelError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a later entry took its place
-                raise
-            return
-        try:
-            act(fd)
-        finally:
-            os.close(fd)
+        for path in self._acls | self._times:
+            try:
+                fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._resolve)
+            except KernelError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a later entry took its place
+                    raise
+                continue
+            try:
+                if path in self._acls:
+                    os.setxattr(fd, DEFAULT_ACL, self._acls[path])
+                if path in self._times:
+                    os.utime(fd, ns=(self._times[path], self._times[path]))
+            finally:
+                os.close(fd)
 
 
 class _Writer:
@@ -487,125 +514,124 @@ class _Writer:
         self.tree, self.stream, self.devices = tree, stream, devices
 
     def entry(self, member: tarfile.TarInfo, stored: int) -> None:
-        """Make what one entry says, of which so many bytes are stored, or raise BadInput before anything of it is made."""
-        path = check_path(member.name)
-        _check_numbers(member, path)
-        if member.sparse is not None:
-            _check_sparse(member, path, stored)
-        attributes, moment = _attributes(member, path), _mtime(member)
-        folder, name = os.path.split(path)
+        """Make what one entry says, or raise BadInput before anything of it is made; stored: its bytes in the tar."""
+        one = _checked(member, stored)
+        name = os.path.basename(one.path)
         if name.startswith(WHITEOUT):
-            self._whiteout(folder, name, path)
-            return
-        if member.isdir():
-            self._directory(member, path, attributes, moment)
-            return
-        if path == ".":
+            self._whiteout(one)
+        elif member.isdir():
+            self._directory(one)
+        elif one.path == ".":
             raise _refuse(member.name, "the root of a layer must be a directory")
-        make = self._kind(member, path)
-        parent = self.tree.folder(folder)
-        self.tree.remove(parent, name, path)
-        make(member, parent, name, path)
-        self.tree.note(path, link=member.issym())
-        if not member.islnk():
-            self._finish(parent, name, member, attributes, moment)
+        else:
+            make = self._kind(one)
+            parent = self.tree.folder(os.path.dirname(one.path))
+            self.tree.remove(parent, name, one.path)
+            make(one, parent, name)
+            self.tree.note(one.path, link=member.issym())
+            if not member.islnk():
+                _finish(one, parent, name)
 
-    def _kind(self, member: tarfile.TarInfo, path: str) -> Callable[[tarfile.TarInfo, int, str, str], None]:
+    def _kind(self, one: _Entry) -> Callable[[_Entry, int, str], None]:
+        member = one.member
         if member.isreg():
             return self._file
         if member.issym():
             return self._symlink
         if member.islnk():
-            if check_path(member.linkname, "link target") == path:
-                raise _refuse(path, "a hard link must not be to itself")
+            if check_path(member.linkname, "link target") == one.path:
+                raise _refuse(one.path, "a hard link must not be to itself")
             return self._hard_link
         if member.isfifo():
             return self._node
         if member.isdev():
-            _check_device(member, path, self.devices)
+            _check_device(member, one.path, self.devices)
             return self._node
-        raise _refuse(path, f"type {member.type!r} is not one of a layer")
+        raise _refuse(one.path, f"type {member.type!r} is not one of a layer")
 
-    def _whiteout(self, folder: str, name: str, path: str) -> None:
+    def _whiteout(self, one: _Entry) -> None:
         """Hide what lower layers have: whiteouts apply to them only, image-spec/layer.md."""
-        hidden = "" if name == OPAQUE else _check_whiteout(path)
+        folder, name = os.path.split(one.path)
+        hidden = "" if name == OPAQUE else _check_whiteout(one.path)
         parent = self.tree.folder(folder)
         if not self.tree.overlay:
             for lower in [hidden] if hidden else os.listdir(parent):
                 self.tree.hide(folder, lower)
         elif not hidden:
             if not folder:
-                raise _refuse(path, "overlay has no way to make its root opaque")
+                raise _refuse(one.path, "overlay has no way to make its root opaque")
             self.tree.opaque(parent, ".")
         elif (found := self.tree.existing(parent, hidden)) is None:
             os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
         elif stat.S_ISDIR(found.st_mode):  # the same layer has put a new directory there
             self.tree.opaque(parent, hidden)
 
-    def _directory(self, member: tarfile.TarInfo, path: str, attributes: dict[str, bytes], moment: int) -> None:
-        folder, name = os.path.split(path)
+    def _directory(self, one: _Entry) -> None:
+        folder, name = os.path.split(one.path)
         parent = self.tree.folder(folder)
         found = self.tree.existing(parent, name)
         if found is None or not stat.S_ISDIR(found.st_mode):
-            self.tree.directory(parent, name, path, 0o700)
+            self.tree.directory(parent, name, one.path, 0o700)
         elif not self.tree.overlay:
-            self._clear(f"/proc/self/fd/{parent}/{name}")
-            self.tree.note(path)
-        acl = attributes.pop(DEFAULT_ACL, None)
-        self._finish(parent, name, member, attributes, moment)
-        self.tree.later(path, moment, acl)
+            _clear(f"/proc/self/fd/{parent}/{name}")
+            self.tree.note(one.path)
+        acl = one.attributes.pop(DEFAULT_ACL, None)
+        _finish(one, parent, name)
+        self.tree.later(one.path, one.moment, acl)
 
-    def _clear(self, place: str) -> None:
-        """A directory shows the attributes of the uppermost layer that has it, and no others."""
-        for attribute in os.listxattr(place, follow_symlinks=False):
-            os.removexattr(place, attribute, follow_symlinks=False)
-
-    def _file(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
+    def _file(self, one: _Entry, parent: int, name: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, 0o600, dir_fd=parent)
         try:
-            if member.sparse is not None:
-                self._sparse(member, fd)
+            if one.parts is None:
+                self._content(fd, one.member.size)
             else:
-                for piece in self.stream.content(member.size):
-                    _write(fd, piece)
+                os.ftruncate(fd, one.member.size)
+                for offset, size in one.parts:
+                    os.lseek(fd, offset, os.SEEK_SET)
+                    self._content(fd, size)
         finally:
             os.close(fd)
 
-    def _sparse(self, member: tarfile.TarInfo, fd: int) -> None:
-        os.ftruncate(fd, member.size)
-        for offset, size in member.sparse:
-            os.lseek(fd, offset, os.SEEK_SET)
-            for piece in self.stream.content(size):
-                _write(fd, piece)
+    def _content(self, fd: int, size: int) -> None:
+        for piece in self.stream.content(size):
+            while piece:
+                piece = piece[os.write(fd, piece):]  # noqa: PLW2901  what write(2) left
 
-    def _symlink(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        if not 0 < len(os.fsencode(member.linkname)) < 4096 or "\0" in member.linkname:
-            raise _refuse(path, "a symbolic link must have a target, shorter than 4096 bytes")
-        os.symlink(member.linkname, name, dir_fd=parent)
+    def _symlink(self, one: _Entry, parent: int, name: str) -> None:
+        target = one.member.linkname
+        if not 0 < len(os.fsencode(target)) < 4096 or "\0" in target:
+            raise _refuse(one.path, "a symbolic link must have a target, shorter than 4096 bytes")
+        os.symlink(target, name, dir_fd=parent)
 
-    def _hard_link(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        folder, target = os.path.split(check_path(member.linkname, "link target"))
+    def _hard_link(self, one: _Entry, parent: int, name: str) -> None:
+        folder, target = os.path.split(check_path(one.member.linkname, "link target"))
         source = self.tree.folder(folder, make=False)
         found = self.tree.existing(source, target) if target != "." else None
         if found is None or stat.S_ISDIR(found.st_mode) or _is_whiteout(found):
-            raise _refuse(path, f"hard link to {member.linkname!r}, which is no file of the layer")
+            raise _refuse(one.path, f"hard link to {one.member.linkname!r}, which is no file of the layer")
         os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
 
-    def _node(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        kind = stat.S_IFIFO if member.isfifo() else _check_device(member, path, None)
-        number = 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor)
+    def _node(self, one: _Entry, parent: int, name: str) -> None:
+        kind = stat.S_IFIFO if one.member.isfifo() else _kind_of_device(one.member)
+        number = 0 if one.member.isfifo() else os.makedev(one.member.devmajor, one.member.devminor)
         os.mknod(name, kind | 0o600, number, dir_fd=parent)
 
-    def _finish(self, parent: int, name: str, member: tarfile.TarInfo, attributes: dict[str, bytes],
-                moment: int) -> None:
-        """Owner, mode, attributes, times, in this order: a change of owner clears set-user-ID, chown(2)."""
-        os.chown(name, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
-        if not member.issym():
-            os.chmod(name, member.mode & 0o7777, dir_fd=parent)
-        for attribute, value in attributes.items():
-            os.setxattr(f"/proc/self/fd/{parent}/{name}", attribute, value, follow_symlinks=False)
-        os.utime(name, ns=(moment, moment), dir_fd=parent, follow_symlinks=False)
+
+def _finish(one: _Entry, parent: int, name: str) -> None:
+    """Owner, mode, attributes, times, in this order: a change of owner clears set-user-ID, chown(2)."""
+    os.chown(name, one.member.uid, one.member.gid, dir_fd=parent, follow_symlinks=False)
+    if not one.member.issym():
+        os.chmod(name, one.member.mode & 0o7777, dir_fd=parent)
+    for attribute, value in one.attributes.items():
+        os.setxattr(f"/proc/self/fd/{parent}/{name}", attribute, value, follow_symlinks=False)
+    os.utime(name, ns=(one.moment, one.moment), dir_fd=parent, follow_symlinks=False)
+
+
+def _clear(place: str) -> None:
+    """A directory shows the attributes of the uppermost layer that has it, and no others."""
+    for attribute in os.listxattr(place, follow_symlinks=False):
+        os.removexattr(place, attribute, follow_symlinks=False)
 
 
 def _is_whiteout(status: os.stat_result) -> bool:
@@ -613,13 +639,8 @@ def _is_whiteout(status: os.stat_result) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
-def _write(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data):]
-
-
 def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "apply"] = "overlay",
-           limits: Limits = Limits(), devices: Container[tuple[int, int, int]] | None = DEVICES) -> Unpacked:
+           limits: Limits = LIMITS, devices: Container[tuple[int, int, int]] | None = DEVICES) -> Unpacked:
     """Unpack one layer, plain, gzip or zstd, into an existing directory.
 
     whiteouts: "overlay" makes a directory that overlay mounts as one layer (the directory should be empty);
@@ -644,7 +665,8 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
         except BROKEN as error:
             if isinstance(error, BadInput):
                 raise
-            raise BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}") from error
+            rule = f"must be a tar archive, plain, gzip or zstd: {error}"
+            raise BadInput("layer", type(error).__name__, rule) from error
         tree.finish()
         raw = stream.raw
         return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
@@ -715,11 +737,13 @@ def _entries(upper: str, path: str, status: os.stat_result, seen: dict[tuple[int
     member = _member(path, status, epoch, stat.S_IFMT(status.st_mode))
     if stat.S_ISLNK(status.st_mode):
         member.linkname = os.readlink(os.path.join(upper, path))
-    if status.st_nlink > 1 and not member.isdir() and (first := seen.setdefault((status.st_dev, status.st_ino), path)) != path:
+    first = seen.setdefault((status.st_dev, status.st_ino), path) if status.st_nlink > 1 else path
+    if first != path and not member.isdir():
         member.type, member.linkname, member.size = tarfile.LNKTYPE, first, 0
     else:
         opaque = attributes.pop(OVERLAY_OPAQUE, b"") == b"y"
-        member.pax_headers |= {XATTR + key: value.decode("utf-8", "surrogateescape") for key, value in attributes.items()}
+        own = {XATTR + key: value.decode("utf-8", "surrogateescape") for key, value in attributes.items()}
+        member.pax_headers = {**member.pax_headers, **own}
         if opaque:
             yield member
             member = _member(os.path.join(path, OPAQUE), status, epoch, stat.S_IFREG)
@@ -728,8 +752,9 @@ def _entries(upper: str, path: str, status: os.stat_result, seen: dict[tuple[int
 
 def _overlay_free(place: str, path: str) -> dict[str, bytes]:
     """Its extended attributes, of overlay's own only the one that a tar can say."""
-    found = {name: os.getxattr(place, name, follow_symlinks=False) for name in os.listxattr(place, follow_symlinks=False)}
-    for name in list(found):
+    names = os.listxattr(place, follow_symlinks=False)
+    found = {name: os.getxattr(place, name, follow_symlinks=False) for name in names}
+    for name in names:
         if name.startswith(OVERLAY_ATTRIBUTES) and name != OVERLAY_OPAQUE:
             if name.endswith((".redirect", ".metacopy")):
                 raise BadInput("upper", path, f"{name}: what it stands for is in a lower layer")
