@@ -25,7 +25,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
-from isal import igzip
+from isal import igzip, igzip_lib
 
 from labs import machine, mounts, syscalls
 from labs.errors import BadInput, KernelError
@@ -41,8 +41,9 @@ OPEN = 64  # directories kept open
 NOBODY_AT_ALL = (1 << 32) - 1  # (uid_t) -1
 DEFAULT_ACL = "system.posix_acl_default"  # what new files in a directory inherit, acl(5)
 DEVICES = {(stat.S_IFCHR, d.major, d.minor) for d in mounts.DEVICES} | {(stat.S_IFCHR, 5, 1), (stat.S_IFCHR, 5, 2)}
-BROKEN = (tarfile.TarError, EOFError, zlib.error, igzip.BadGzipFile, zstandard.ZstdError, InvalidOperation,
-          RecursionError, OverflowError, ValueError)
+BROKEN: tuple[type[Exception], ...] = (
+    tarfile.TarError, EOFError, zlib.error, igzip.BadGzipFile, igzip_lib.IsalError, zstandard.ZstdError,  # type: ignore[assignment]
+    InvalidOperation, RecursionError, OverflowError, ValueError)
 
 
 class Limits(NamedTuple):
@@ -234,23 +235,25 @@ class _Unheard(dict[str, str]):
         pass
 
 
-def _members(stream: _Ahead) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The entries of a tar one after the other, each with how many bytes are stored for it; none is kept.
+class _Headers(tarfile.TarFile):
+    """A tar of which tarfile reads nothing by itself: it takes a broken header for the end."""
 
-    tarfile alone would end silently at a broken header.
-    """
+    def next(self) -> None:
+        return None
+
+
+def _members(stream: _Ahead) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The entries of a tar one after the other, each with how many bytes are stored for it; none is kept."""
     source: Any = stream
-    tar: Any = tarfile.TarFile(fileobj=source, encoding="utf-8", pax_headers=_Unheard())
-    member = tar.firstmember
-    while member is not None:
-        tar.members.clear()
-        yield member, tar.offset - member.offset_data
+    tar: Any = _Headers(fileobj=source, encoding="utf-8", pax_headers=_Unheard())
+    while True:
         stream.headers = 0
-        stream.seek(tar.offset)
         try:
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return
+        yield member, tar.offset - member.offset_data
+        stream.seek(tar.offset)
 
 
 # What an entry may be.
@@ -297,6 +300,9 @@ def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | 
 
 def _check_numbers(member: tarfile.TarInfo, path: str) -> None:
     """A size is never negative; the owner -1 would mean "leave as it is" to chown(2)."""
+    for key in ("size", "uid", "gid"):
+        if not member.pax_headers.get(key, "0").isdecimal():  # tarfile would take it for 0
+            raise _refuse(path, f"{key} {member.pax_headers[key][:20]!r} must be a number")
     if member.size < 0:
         raise _refuse(path, f"size {member.size} must not be negative")
     if not (0 <= member.uid < NOBODY_AT_ALL and 0 <= member.gid < NOBODY_AT_ALL):
@@ -513,6 +519,22 @@ class _Writer:
     def __init__(self, tree: _Tree, stream: _Ahead, devices: Container[Any] | None) -> None:
         self.tree, self.stream, self.devices = tree, stream, devices
 
+    def entries(self, limits: Limits) -> int:
+        """Make every entry; how many they were."""
+        number = size = 0
+        for member, stored in _members(self.stream):
+            number, size = number + 1, size + member.size
+            if number > limits.entries or size > limits.size:
+                rule = f"must not hold more than {limits.entries} entries and {limits.size} bytes"
+                raise _refuse(member.name, rule)
+            try:
+                self.entry(member, stored)
+            except OSError as error:
+                if error.errno is None or isinstance(error, KernelError):
+                    raise
+                raise KernelError("unpack", error.errno, error.filename, member.name) from error
+        return number
+
     def entry(self, member: tarfile.TarInfo, stored: int) -> None:
         """Make what one entry says, or raise BadInput before anything of it is made; stored: its bytes in the tar."""
         one = _checked(member, stored)
@@ -647,20 +669,15 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
     "apply" puts the layer onto the tree that is there and removes what it hides.  devices: the device nodes
     a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.
 
-    Raises BadInput with the entry's name and the rule for what is refused; what came before it in the tar
-    has been made by then: give a directory that can be thrown away (image.unpack does).
+    Raises BadInput with the entry's name and the rule for what is refused, KernelError with the entry's name for
+    what the kernel refuses; what came before it in the tar has been made by then: give a directory that can be
+    thrown away (image.unpack does).
     """
     with ExitStack() as undo:
         stream = undo.enter_context(closing(_Ahead(source, limits.size)))
         tree = undo.enter_context(closing(_Tree(target, overlay=whiteouts == "overlay")))
-        writer, entries, size = _Writer(tree, stream, devices), 0, 0
         try:
-            for member, stored in _members(stream):
-                entries, size = entries + 1, size + member.size
-                if entries > limits.entries or size > limits.size:
-                    raise BadInput("layer", member.name, f"must not hold more than {limits.entries} entries "
-                                   f"and {limits.size} bytes")
-                writer.entry(member, stored)
+            entries = _Writer(tree, stream, devices).entries(limits)
             stream.drain()
         except BROKEN as error:
             if isinstance(error, BadInput):

@@ -119,3 +119,16 @@ def pax(**records):
             length = len(b"%d" % length) + len(body)
         lines += b"%d" % length + body
     return lines
+
+
+def mutated(data, changes, mend):
+    """Bytes changed at (position, value); mend: then every header's checksum is made right, so that more is read."""
+    out = bytearray(data)
+    for position, value in changes:
+        out[position % len(out)] = value
+    if mend:
+        for start in range(0, len(out) - 511, 512):
+            if out[start + 257:start + 262] == b"ustar":
+                total = sum(out[start:start + 148]) + sum(out[start + 156:start + 512]) + 8 * 32
+                out[start + 148:start + 156] = b"%06o\0 " % total
+    return bytes(out)
