@@ -25,12 +25,15 @@ from urllib.parse import parse_qs, urlsplit
 
 from labs import machine, process, syscalls
 from labs.errors import BadInput, ChildFailed
+from labs.image import DIGEST
 
 SERVICE = "labs-registry"
 STORE = "docker/registry/v2"  # below the root directory: where the registry's filesystem driver begins
 TOKEN_SECONDS = 300
 # One line of the access log, in the Combined Log Format.
 ACCESS = re.compile(r'"(\w+) ([^ ?]+)\S* HTTP/[\d.]+" (\d+) (\d+) "[^"]*" "([^"]*)"')
+KINDS = {"/manifests/sha256:": "manifest by digest", "/manifests/": "manifest by tag", "/blobs/uploads/": "upload",
+         "/blobs/": "blob", "/tags/list": "tags", "/referrers/": "referrers"}
 
 
 class Request(NamedTuple):
@@ -47,6 +50,16 @@ class Request(NamedTuple):
     status: int
     size: int
     agent: str
+
+    @property
+    def what(self) -> str:
+        """What was asked for: "manifest by tag", "blob", "upload" and so on."""
+        return next((name for part, name in KINDS.items() if part in self.path), "ping")
+
+    @property
+    def digest(self) -> str:
+        """The digest in the path, or nothing."""
+        return (DIGEST.search(self.path) or [""])[0]
 
 
 class Server:
@@ -119,6 +132,20 @@ class Server:
             rows = [found.groups() for line in file if (found := ACCESS.search(line))]
         return [Request(method, path, int(status), int(size), agent)
                 for method, path, status, size, agent in rows if agent != "labs-ready"][after:]
+
+    def files(self) -> list[tuple[str, str]]:
+        """Every blob and every link that it keeps: the path below STORE, and the digest of the blob it is or names."""
+        top, found = f"{self.root}/{STORE}", []
+        for folder, _, names in os.walk(top):
+            for name in names:
+                with open(f"{folder}/{name}", encoding="ascii", errors="replace") as file:
+                    digest = file.read() if name == "link" else f"sha256:{os.path.basename(folder)}"
+                found.append((os.path.relpath(f"{folder}/{name}", top), digest))
+        return sorted(found)
+
+    def size(self) -> int:
+        """The bytes of all blobs on its disk."""
+        return sum(os.path.getsize(self.blob(digest)) for path, digest in self.files() if path.endswith("/data"))
 
     def blob(self, digest: str) -> str:
         """The file in which it keeps a blob."""
