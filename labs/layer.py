@@ -19,7 +19,7 @@ import stat
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -231,6 +231,35 @@ def _members(stream: _Ahead) -> Iterator[tarfile.TarInfo]:
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return
+
+
+def entries(source: BinaryIO) -> Generator[tarfile.TarInfo, None, Unpacked]:
+    """The entries of a layer, plain, gzip or zstd, in its order; the contents of files are passed over.
+
+    Returns what unpack returns: `done = yield from entries(...)`.  Raises BadInput for what is no tar.
+    """
+    with closing(_Ahead(source, Limits().size)) as stream:
+        number = 0
+        try:
+            for member in _members(stream):
+                number += 1
+                yield member
+            stream.drain()
+        except BadInput:
+            raise
+        except BROKEN as error:
+            raise _no_tar(error) from error
+        return _account(stream, number)
+
+
+def _no_tar(error: Exception) -> BadInput:
+    return BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}")
+
+
+def _account(stream: _Ahead, entries: int) -> Unpacked:
+    raw = stream.raw
+    return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
+                    entries, stream.tell())
 
 
 # What an entry may be.
@@ -577,14 +606,12 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
                                    f"and {limits.size} bytes")
                 writer.entry(member)
             stream.drain()
+        except BadInput:
+            raise
         except BROKEN as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}") from error
+            raise _no_tar(error) from error
         tree.set_times()
-        raw = stream.raw
-        return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
-                        entries, stream.tell())
+        return _account(stream, entries)
 
 
 # The way back: a directory becomes a tar.
