@@ -19,7 +19,7 @@ import stat
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -233,6 +233,35 @@ def _members(stream: _Ahead) -> Iterator[tarfile.TarInfo]:
             return
 
 
+def entries(source: BinaryIO) -> Generator[tarfile.TarInfo, None, Unpacked]:
+    """The entries of a layer, plain, gzip or zstd, in its order; the contents of files are passed over.
+
+    Returns what unpack returns: `done = yield from entries(...)`.  Raises BadInput for what is no tar.
+    """
+    with closing(_Ahead(source, Limits().size)) as stream:
+        number = 0
+        try:
+            for member in _members(stream):
+                number += 1
+                yield member
+            stream.drain()
+        except BadInput:
+            raise
+        except BROKEN as error:
+            raise _no_tar(error) from error
+        return _account(stream, number)
+
+
+def _no_tar(error: Exception) -> BadInput:
+    return BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}")
+
+
+def _account(stream: _Ahead, entries: int) -> Unpacked:
+    raw = stream.raw
+    return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
+                    entries, stream.tell())
+
+
 # What an entry may be.
 
 
@@ -310,9 +339,10 @@ class _Tree:
 
     follow: whether the symbolic links of lower layers are followed, with the directory as their root, as it
     is when layers are applied one onto the other; links of this layer never are.
+    lower: the directories of the layers below, the uppermost first, where this one stands alone.
     """
 
-    def __init__(self, target: str, follow: bool) -> None:
+    def __init__(self, target: str, follow: bool, lower: Sequence[str] = ()) -> None:
         self.root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._resolve = syscalls.RESOLVE_NO_MAGICLINKS | (
             syscalls.RESOLVE_IN_ROOT if follow else syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
@@ -320,12 +350,17 @@ class _Tree:
         self.made: set[str] = set()  # only where layers are applied: what this one brought
         self.links: set[str] = set()
         self._follow = follow
-        self._times: list[tuple[str, int]] = []
+        self._times: dict[str, int] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._lower = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in lower]
+        self._keep(".", self.root)
+        self._inherit(".", self.root)
 
     def close(self) -> None:
         """Close what is open."""
         self.forget()
-        os.close(self.root)
+        for fd in (self.root, *self._lower):
+            os.close(fd)
 
     def forget(self) -> None:
         """Close the directories that are kept open; one of them has moved or gone."""
@@ -342,7 +377,32 @@ class _Tree:
                 self.forget()
             self._check_links(path)
             self._open[path] = self._enter(path)
+            self._keep(path, self._open[path])
         return self._open[path]
+
+    def _keep(self, path: str, fd: int) -> None:
+        """A directory that the layer does not list stays as old as it was, whatever is changed in it."""
+        status = os.fstat(fd)
+        if self._follow and (status.st_dev, status.st_ino) not in self._seen:
+            self._seen.add((status.st_dev, status.st_ino))
+            self._times.setdefault(path, status.st_mtime_ns)
+
+    def _inherit(self, path: str, fd: int) -> None:
+        """A directory that the layer does not list is as the layers below have it, as containerd does too."""
+        for lower in self._lower:
+            try:
+                source = syscalls.openat2(lower, path, os.O_RDONLY | os.O_DIRECTORY,
+                                          syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                return  # something else is there
+            try:
+                _copy_status(source, fd)
+                self.later(path, os.fstat(source).st_mtime_ns)
+            finally:
+                os.close(source)
+            return
 
     def _check_links(self, path: str) -> None:
         """No tool that reads a directory writes an entry behind a symbolic link of the same layer."""
@@ -361,10 +421,16 @@ class _Tree:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
         parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
+        found = self.existing(parent, name)
         self.remove(parent, name, path)
         os.mkdir(name, 0o755, dir_fd=parent)
         self.note(path)
-        return syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+        made = syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+        if found is not None and _is_whiteout(found):  # of this layer: hide the lower one
+            os.setxattr(made, OVERLAY_OPAQUE, b"y")
+        else:
+            self._inherit(path, made)
+        return made
 
     def note(self, path: str, link: bool = False) -> None:
         """Remember what this layer brought, as far as somebody will ask."""
@@ -392,6 +458,16 @@ class _Tree:
         else:
             os.unlink(name, dir_fd=parent)
 
+    def hide(self, parent: int, name: str, path: str) -> None:
+        """Take away what lower layers have at a name, and leave what this one has put there."""
+        found = self.existing(parent, name)
+        if found is None or not any(one == path or one.startswith(path + "/") for one in self.made):
+            self.remove(parent, name, path)
+        elif stat.S_ISDIR(found.st_mode):
+            fd = self.folder(path)
+            for inside in os.listdir(fd):
+                self.hide(fd, inside, f"{path}/{inside}")
+
     def forget_below(self, path: str) -> None:
         """Close the directories kept open at and below a path, but for those that lead to it."""
         for known in [known for known in self._open if known == path or known.startswith(path + "/")]:
@@ -399,15 +475,25 @@ class _Tree:
 
     def later(self, path: str, moment: int) -> None:
         """A directory's time of change is set at the end: each entry made in it changes it."""
-        self._times.append((path, moment))
+        self._times[path] = moment
 
     def set_times(self) -> None:
-        """Set the directories' times, the deepest last seen first."""
-        for path, moment in reversed(self._times):
+        """Set the directories' times."""
+        for path, moment in self._times.items():
             with suppress(FileNotFoundError, NotADirectoryError, KernelError):  # a later entry took its place
                 fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY, self._resolve)
                 os.utime(fd, ns=(moment, moment))
                 os.close(fd)
+
+
+def _copy_status(source: int, target: int) -> None:
+    """Owner, mode and attributes of one open directory for another, but what overlay has noted there."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith(OVERLAY_ATTRIBUTES):
+            os.setxattr(target, name, os.getxattr(source, name))
 
 
 class _Writer:
@@ -460,8 +546,7 @@ class _Writer:
         parent, lower = self.tree.folder(folder), os.path.join(folder, hidden)
         found = self.tree.existing(parent, hidden)
         if not self.overlay:
-            if found is not None and lower not in self.tree.made:
-                self.tree.remove(parent, hidden, lower)
+            self.tree.hide(parent, hidden, lower)
         elif found is None:
             os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
         elif stat.S_ISDIR(found.st_mode):  # the same layer has put a new directory there
@@ -474,9 +559,7 @@ class _Writer:
             os.setxattr(fd, OVERLAY_OPAQUE, b"y")
             return
         for name in os.listdir(fd):
-            lower = os.path.join(folder, name)
-            if lower not in self.tree.made:
-                self.tree.remove(fd, name, lower)
+            self.tree.hide(fd, name, os.path.join(folder, name))
 
     def _directory(self, member: tarfile.TarInfo, path: str, attributes: dict[str, bytes], moment: int) -> None:
         folder, name = os.path.split(path)
@@ -555,19 +638,22 @@ def _write(fd: int, data: memoryview) -> None:
 
 
 def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "apply"] = "overlay",
-           limits: Limits = Limits(), devices: Container[tuple[int, int, int]] | None = DEVICES) -> Unpacked:
+           limits: Limits = Limits(), devices: Container[tuple[int, int, int]] | None = DEVICES,
+           lower: Sequence[str] = ()) -> Unpacked:
     """Unpack one layer, plain, gzip or zstd, into an existing directory.
 
     whiteouts: "overlay" makes a directory that overlay mounts as one layer (the directory should be empty);
     "apply" puts the layer onto the tree that is there and removes what it hides.  devices: the device nodes
-    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.
+    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.  lower: with "overlay",
+    the directories of the layers below, the uppermost first: a directory that the tar has entries in, but does
+    not list, gets owner, mode, attributes and time from there.
 
     Raises BadInput with the entry's name and the rule for what is refused; what came before it in the tar
     has been made by then: give a directory that can be thrown away (image.unpack does).
     """
     with ExitStack() as undo:
         stream = undo.enter_context(closing(_Ahead(source, limits.size)))
-        tree = undo.enter_context(closing(_Tree(target, follow=whiteouts == "apply")))
+        tree = undo.enter_context(closing(_Tree(target, whiteouts == "apply", lower)))
         writer, entries, size = _Writer(tree, stream, whiteouts == "overlay", devices), 0, 0
         try:
             for member in _members(stream):
@@ -577,14 +663,12 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
                                    f"and {limits.size} bytes")
                 writer.entry(member)
             stream.drain()
+        except BadInput:
+            raise
         except BROKEN as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}") from error
+            raise _no_tar(error) from error
         tree.set_times()
-        raw = stream.raw
-        return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
-                        entries, stream.tell())
+        return _account(stream, entries)
 
 
 # The way back: a directory becomes a tar.
