@@ -20,7 +20,7 @@ from bench.table import Row, main, show, side_by_side
 from labs import image, layer, machine
 
 IMAGES = "/opt/labs/images"
-PROGRAMS = ("/usr/lib/python3", "/usr/bin")
+PROGRAMS = ("/usr/lib/python3.13", "/usr/sbin")
 SMALLEST = 200 << 20
 
 

@@ -19,7 +19,7 @@ import stat
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -256,6 +256,35 @@ def _members(stream: _Ahead) -> Iterator[tuple[tarfile.TarInfo, int]]:
         stream.seek(tar.offset)
 
 
+def entries(source: BinaryIO) -> Generator[tarfile.TarInfo, None, Unpacked]:
+    """The entries of a layer, plain, gzip or zstd, in its order; the contents of files are passed over.
+
+    Returns what unpack returns: `done = yield from entries(...)`.  Raises BadInput for what is no tar.
+    """
+    with closing(_Ahead(source, Limits().size)) as stream:
+        number = 0
+        try:
+            for member in _members(stream):
+                number += 1
+                yield member
+            stream.drain()
+        except BadInput:
+            raise
+        except BROKEN as error:
+            raise _no_tar(error) from error
+        return _account(stream, number)
+
+
+def _no_tar(error: Exception) -> BadInput:
+    return BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}")
+
+
+def _account(stream: _Ahead, entries: int) -> Unpacked:
+    raw = stream.raw
+    return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
+                    entries, stream.tell())
+
+
 # What an entry may be.
 
 
@@ -405,6 +434,30 @@ class _Tree:
         self._open[path] = fd
         return fd
 
+    def _keep(self, path: str, fd: int) -> None:
+        """A directory that the layer does not list stays as old as it was, whatever is changed in it."""
+        status = os.fstat(fd)
+        if self._follow and (status.st_dev, status.st_ino) not in self._seen:
+            self._seen.add((status.st_dev, status.st_ino))
+            self._times.setdefault(path, status.st_mtime_ns)
+
+    def _inherit(self, path: str, fd: int) -> None:
+        """A directory that the layer does not list is as the layers below have it, as containerd does too."""
+        for lower in self._lower:
+            try:
+                source = syscalls.openat2(lower, path, os.O_RDONLY | os.O_DIRECTORY,
+                                          syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                return  # something else is there
+            try:
+                _copy_status(source, fd)
+                self.later(path, os.fstat(source).st_mtime_ns)
+            finally:
+                os.close(source)
+            return
+
     def _check_links(self, path: str) -> None:
         """No tool that reads a directory writes an entry behind a symbolic link of the same layer."""
         while path:
@@ -511,6 +564,16 @@ class _Tree:
                     os.utime(fd, ns=(self._times[path], self._times[path]))
             finally:
                 os.close(fd)
+
+
+def _copy_status(source: int, target: int) -> None:
+    """Owner, mode and attributes of one open directory for another, but what overlay has noted there."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith(OVERLAY_ATTRIBUTES):
+            os.setxattr(target, name, os.getxattr(source, name))
 
 
 class _Writer:
@@ -667,7 +730,9 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
 
     whiteouts: "overlay" makes a directory that overlay mounts as one layer (the directory should be empty);
     "apply" puts the layer onto the tree that is there and removes what it hides.  devices: the device nodes
-    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.
+    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.  lower: with "overlay",
+    the directories of the layers below, the uppermost first: a directory that the tar has entries in, but does
+    not list, gets owner, mode, attributes and time from there.
 
     Raises BadInput with the entry's name and the rule for what is refused, KernelError with the entry's name for
     what the kernel refuses; what came before it in the tar has been made by then: give a directory that can be
@@ -679,6 +744,8 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
         try:
             entries = _Writer(tree, stream, devices).entries(limits)
             stream.drain()
+        except BadInput:
+            raise
         except BROKEN as error:
             if isinstance(error, BadInput):
                 raise
