@@ -39,6 +39,7 @@ STACK = (
 
 @contextmanager
 def _folder() -> Iterator[Path]:
+    os.makedirs(machine.DATA, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="labs-check-", dir=machine.DATA) as name:
         yield Path(name)
 
