@@ -90,7 +90,7 @@ def without(entry, key):
         (lambda amd, riscv: index({**amd, "size": 1}, riscv), "`manifests[0].size`"),
         (lambda amd, riscv: index({**amd, "mediaType": image.LAYER}, riscv), "`manifests[0].mediaType`"),
         (lambda amd, riscv: index(amd, {**amd, "platform": riscv["platform"]}), "config には、`amd64`"),
-        (lambda amd, riscv: index(amd, {**riscv, "platform": {"os": "plan9", "architecture": "riscv64"}}), "skopeo が断り"),
+        (lambda amd, riscv: index(amd, {**riscv, "platform": {**riscv["platform"], "os": "plan9"}}), "skopeo が断り"),
     ],
 )
 def test_platforms_hints(layout, entries, change, hint):
