@@ -305,6 +305,9 @@ EXPANSIONS = [
 # The parser of buildah 1.39 does not know these.
 WITHOUT_COLON = ["${x-word}", "${empty-word}", "${unset-word}", "${x+word}", "${empty+word}", "${unset+word}"]
 
+# Nor that an escape after an escape continues no line.
+NOT_CONTINUED = "LABEL two=1\\\\\nLABEL three=1\\\\\\\nLABEL last=x\n"
+
 # One of everything that is only configuration, and of the ways to write it.
 CONFIGURED = r"""
 # check=skip=all
@@ -324,8 +327,6 @@ LABEL a.b="c $y" "quoted key"='it is $not' \
   multi="one \
 two"
 LABEL old label with blanks
-LABEL back=slash\\
-LABEL many=1\\\
 EXPOSE 80 53/udp 8000-8002/tcp $port
 VOLUME /v1 "/$x"
 VOLUME ["/v2 with blank"]
@@ -425,7 +426,7 @@ def test_values_as_buildah_has_them(buildah):
 
 
 def test_values_as_docker_has_them(docker):
-    text = dockerfile_of(EXPANSIONS + WITHOUT_COLON)
+    text = dockerfile_of(EXPANSIONS + WITHOUT_COLON) + NOT_CONTINUED
     assert configured(text) == read(docker(text))
 
 
@@ -493,8 +494,8 @@ def test_numbers():
 
 PIECES = st.sampled_from([
     "FROM a", "FROM a AS b", *dockerfile.INSTRUCTIONS, "ONBUILD", "--from=a", "--mount=type=secret,id=a", "--",
-    "<<E", "<<-'E'", "E", "a=b", "a", "80/tcp", '["a"]', "[", "]", '"', "'", "\\", "`", "$", "${", "${a:-", "}", "#", "# escape=`",
-    "\n", "\r\n", "\t", " ", " ", " ", "\x85", "é"])
+    "<<E", "<<-'E'", "E", "a=b", "a", "80/tcp", '["a"]', "[", "]", '"', "'", "\\", "`", "$", "${", "${a:-", "}", "#",
+    "# escape=`", "\n", "\r\n", "\t", " ", " ", " ", "\x85", "é"])
 
 
 @FEW
