@@ -175,8 +175,8 @@ def building(folder: Path, runs: int) -> list[Row]:
     (context / "Containerfile").write_text(DOCKERFILE.replace("FROM debian", f"FROM {name}"))
 
     def buildah() -> None:
-        options = ("--isolation=chroot", "--layers", "--no-cache", "--network=none", "--pull=never", "--tag", f"made-{next(numbers)}")
-        _quiet("buildah", *store, "build", *options, "--file", str(context / "Containerfile"), str(context))
+        options = ("--isolation=chroot", "--layers", "--no-cache", "--pull=never", f"--tag=made-{next(numbers)}")
+        _quiet("buildah", *store, "build", *options, f"--file={context}/Containerfile", str(context))
 
     try:
         rows = side_by_side({"labs build": labs, "buildah build": buildah}, runs, before=Ways(folder).fresh)
