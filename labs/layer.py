@@ -261,10 +261,10 @@ def entries(source: BinaryIO) -> Generator[tarfile.TarInfo, None, Unpacked]:
 
     Returns what unpack returns: `done = yield from entries(...)`.  Raises BadInput for what is no tar.
     """
-    with closing(_Ahead(source, Limits().size)) as stream:
+    with closing(_Ahead(source, LIMITS.size)) as stream:
         number = 0
         try:
-            for member in _members(stream):
+            for member, _ in _members(stream):
                 number += 1
                 yield member
             stream.drain()
@@ -279,10 +279,10 @@ def _no_tar(error: Exception) -> BadInput:
     return BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}")
 
 
-def _account(stream: _Ahead, entries: int) -> Unpacked:
+def _account(stream: _Ahead, number: int) -> Unpacked:
     raw = stream.raw
     return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
-                    entries, stream.tell())
+                    number, stream.tell())
 
 
 # What an entry may be.
@@ -397,9 +397,10 @@ class _Tree:
     overlay: it is one layer, and says what it hides as overlay does; no symbolic link is followed.  Otherwise layers
     are applied one onto the other: links of lower layers are followed, with the directory as their root, links of
     this layer never, and what is hidden is removed.
+    lower: the directories of the layers below, the uppermost first, where this one stands alone.
     """
 
-    def __init__(self, target: str, overlay: bool) -> None:
+    def __init__(self, target: str, overlay: bool, lower: Sequence[str] = ()) -> None:
         self.root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.overlay = overlay
         self._resolve = syscalls.RESOLVE_NO_MAGICLINKS | (
@@ -409,12 +410,16 @@ class _Tree:
         self._links: set[str] = set()
         self._times: dict[str, int] = {}
         self._acls: dict[str, bytes] = {}
-        self._without_acl(self.root, ".")
+        self._seen: set[tuple[int, int]] = set()
+        self._lower = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in lower]
+        self._inherit(".", self.root)
+        self._begin(".", self.root)
 
     def close(self) -> None:
         """Close what is open."""
         self.forget("")
-        os.close(self.root)
+        for fd in (self.root, *self._lower):
+            os.close(fd)
 
     def forget(self, path: str) -> None:
         """Close the directories kept open, but for those that lead to a path: one of them may be gone now."""
@@ -433,30 +438,6 @@ class _Tree:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[path] = fd
         return fd
-
-    def _keep(self, path: str, fd: int) -> None:
-        """A directory that the layer does not list stays as old as it was, whatever is changed in it."""
-        status = os.fstat(fd)
-        if self._follow and (status.st_dev, status.st_ino) not in self._seen:
-            self._seen.add((status.st_dev, status.st_ino))
-            self._times.setdefault(path, status.st_mtime_ns)
-
-    def _inherit(self, path: str, fd: int) -> None:
-        """A directory that the layer does not list is as the layers below have it, as containerd does too."""
-        for lower in self._lower:
-            try:
-                source = syscalls.openat2(lower, path, os.O_RDONLY | os.O_DIRECTORY,
-                                          syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
-            except KernelError as error:
-                if error.errno == errno.ENOENT:
-                    continue
-                return  # something else is there
-            try:
-                _copy_status(source, fd)
-                self.later(path, os.fstat(source).st_mtime_ns)
-            finally:
-                os.close(source)
-            return
 
     def _check_links(self, path: str) -> None:
         """No tool that reads a directory writes an entry behind a symbolic link of the same layer."""
@@ -477,24 +458,51 @@ class _Tree:
             if not make:
                 raise _refuse(path, "no such directory in the layer") from error
             parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
-            self.directory(parent, name, path, 0o755)
+            replaced = self.directory(parent, name, path, 0o755)
             fd = syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
-        self._without_acl(fd, path)
+            if not replaced:
+                self._inherit(path, fd)
+        self._begin(path, fd)
         return fd
 
-    def _without_acl(self, fd: int, path: str) -> None:
-        """What a layer's files have, the layer says: a default ACL comes off its directory until the end."""
+    def _begin(self, path: str, fd: int) -> None:
+        """Before anything is changed in a directory: what it is to have again in the end, unless the layer lists it.
+
+        A default ACL comes off until then: what a layer's files have, the layer says.
+        """
         if DEFAULT_ACL in os.listxattr(fd):
             self._acls[path] = os.getxattr(fd, DEFAULT_ACL)
             os.removexattr(fd, DEFAULT_ACL)
+        status = os.fstat(fd)
+        if not self.overlay and (status.st_dev, status.st_ino) not in self._seen:
+            self._seen.add((status.st_dev, status.st_ino))
+            self._times.setdefault(path, status.st_mtime_ns)
 
-    def directory(self, parent: int, name: str, path: str, mode: int) -> None:
-        """Make a directory.  Where it replaces a file or a whiteout of its layer, it hides what they did."""
+    def _inherit(self, path: str, fd: int) -> None:
+        """A directory that the layer does not list is as the layers below have it, as containerd does too."""
+        for lower in self._lower:
+            try:
+                source = syscalls.openat2(lower, path, os.O_RDONLY | os.O_DIRECTORY,
+                                          syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                return  # something else is there
+            try:
+                _copy_status(source, fd)
+                self._times[path] = os.fstat(source).st_mtime_ns
+            finally:
+                os.close(source)
+            return
+
+    def directory(self, parent: int, name: str, path: str, mode: int) -> bool:
+        """Make a directory; whether it replaces a file or a whiteout of its layer, for then it hides what they did."""
         replaced = self.remove(parent, name, path)
         os.mkdir(name, mode, dir_fd=parent)
         if replaced and self.overlay:
             self.opaque(parent, name)
         self.note(path)
+        return replaced
 
     def opaque(self, parent: int, name: str) -> None:
         """Tell overlay that a directory hides all that lower layers have in it."""
@@ -657,7 +665,7 @@ class _Writer:
         found = self.tree.existing(parent, name)
         if found is None or not stat.S_ISDIR(found.st_mode):
             self.tree.directory(parent, name, one.path, 0o700)
-        elif not self.tree.overlay:
+        else:
             _clear(f"/proc/self/fd/{parent}/{name}")
             self.tree.note(one.path)
         acl = one.attributes.pop(DEFAULT_ACL, None)
@@ -714,9 +722,10 @@ def _finish(one: _Entry, parent: int, name: str) -> None:
 
 
 def _clear(place: str) -> None:
-    """A directory shows the attributes of the uppermost layer that has it, and no others."""
+    """A directory shows the attributes of the last entry that says it, and no others but overlay's own."""
     for attribute in os.listxattr(place, follow_symlinks=False):
-        os.removexattr(place, attribute, follow_symlinks=False)
+        if not attribute.startswith(OVERLAY_ATTRIBUTES):
+            os.removexattr(place, attribute, follow_symlinks=False)
 
 
 def _is_whiteout(status: os.stat_result) -> bool:
@@ -725,7 +734,8 @@ def _is_whiteout(status: os.stat_result) -> bool:
 
 
 def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "apply"] = "overlay",
-           limits: Limits = LIMITS, devices: Container[tuple[int, int, int]] | None = DEVICES) -> Unpacked:
+           limits: Limits = LIMITS, devices: Container[tuple[int, int, int]] | None = DEVICES,
+           lower: Sequence[str] = ()) -> Unpacked:
     """Unpack one layer, plain, gzip or zstd, into an existing directory.
 
     whiteouts: "overlay" makes a directory that overlay mounts as one layer (the directory should be empty);
@@ -740,21 +750,16 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
     """
     with ExitStack() as undo:
         stream = undo.enter_context(closing(_Ahead(source, limits.size)))
-        tree = undo.enter_context(closing(_Tree(target, overlay=whiteouts == "overlay")))
+        tree = undo.enter_context(closing(_Tree(target, whiteouts == "overlay", lower)))
         try:
-            entries = _Writer(tree, stream, devices).entries(limits)
+            number = _Writer(tree, stream, devices).entries(limits)
             stream.drain()
         except BadInput:
             raise
         except BROKEN as error:
-            if isinstance(error, BadInput):
-                raise
-            rule = f"must be a tar archive, plain, gzip or zstd: {error}"
-            raise BadInput("layer", type(error).__name__, rule) from error
+            raise _no_tar(error) from error
         tree.finish()
-        raw = stream.raw
-        return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
-                        entries, stream.tell())
+        return _account(stream, number)
 
 
 # The way back: a directory becomes a tar.
