@@ -20,7 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -261,25 +261,22 @@ def entries(source: BinaryIO) -> Generator[tarfile.TarInfo, None, Unpacked]:
 
     Returns what unpack returns: `done = yield from entries(...)`.  Raises BadInput for what is no tar.
     """
-    with closing(_Ahead(source, LIMITS.size)) as stream, _must_be_tar():
+    with closing(_Ahead(source, LIMITS.size)) as stream:
         number = 0
-        for member, _ in _members(stream):
-            number += 1
-            yield member
-        stream.drain()
+        try:
+            for member, _ in _members(stream):
+                number += 1
+                yield member
+            stream.drain()
+        except BadInput:
+            raise
+        except BROKEN as error:
+            raise _no_tar(error) from error
         return _account(stream, number)
 
 
-@contextmanager
-def _must_be_tar() -> Iterator[None]:
-    """What the libraries say of a broken archive becomes one BadInput."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except BROKEN as error:
-        rule = f"must be a tar archive, plain, gzip or zstd: {error}"
-        raise BadInput("layer", type(error).__name__, rule) from error
+def _no_tar(error: Exception) -> BadInput:
+    return BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}")
 
 
 def _account(stream: _Ahead, number: int) -> Unpacked:
@@ -416,7 +413,7 @@ class _Tree:
         self._seen: set[tuple[int, int]] = set()
         self._lower = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in lower]
         self._inherit(".", self.root)
-        self._keep(".", self.root)
+        self._begin(".", self.root)
 
     def close(self) -> None:
         """Close what is open."""
@@ -461,12 +458,25 @@ class _Tree:
             if not make:
                 raise _refuse(path, "no such directory in the layer") from error
             parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
-            self.directory(parent, name, path, 0o755)
+            replaced = self.directory(parent, name, path, 0o755)
             fd = syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
-            if OVERLAY_OPAQUE not in os.listxattr(fd):
+            if not replaced:
                 self._inherit(path, fd)
-        self._keep(path, fd)
+        self._begin(path, fd)
         return fd
+
+    def _begin(self, path: str, fd: int) -> None:
+        """Before anything is changed in a directory: what it is to have again in the end, unless the layer lists it.
+
+        A default ACL comes off until then: what a layer's files have, the layer says.
+        """
+        if DEFAULT_ACL in os.listxattr(fd):
+            self._acls[path] = os.getxattr(fd, DEFAULT_ACL)
+            os.removexattr(fd, DEFAULT_ACL)
+        status = os.fstat(fd)
+        if not self.overlay and (status.st_dev, status.st_ino) not in self._seen:
+            self._seen.add((status.st_dev, status.st_ino))
+            self._times.setdefault(path, status.st_mtime_ns)
 
     def _inherit(self, path: str, fd: int) -> None:
         """A directory that the layer does not list is as the layers below have it, as containerd does too."""
@@ -485,26 +495,14 @@ class _Tree:
                 os.close(source)
             return
 
-    def _keep(self, path: str, fd: int) -> None:
-        """Note what a directory gets back at the end: its time, unless the layer lists it, and its default ACL.
-
-        What a layer's files have, the layer says, so an ACL for new files is off until then.
-        """
-        status = os.fstat(fd)
-        if not self.overlay and (status.st_dev, status.st_ino) not in self._seen:
-            self._seen.add((status.st_dev, status.st_ino))
-            self._times.setdefault(path, status.st_mtime_ns)
-        if DEFAULT_ACL in os.listxattr(fd):
-            self._acls[path] = os.getxattr(fd, DEFAULT_ACL)
-            os.removexattr(fd, DEFAULT_ACL)
-
-    def directory(self, parent: int, name: str, path: str, mode: int) -> None:
-        """Make a directory.  Where it replaces a file or a whiteout of its layer, it hides what they did."""
+    def directory(self, parent: int, name: str, path: str, mode: int) -> bool:
+        """Make a directory; whether it replaces a file or a whiteout of its layer, for then it hides what they did."""
         replaced = self.remove(parent, name, path)
         os.mkdir(name, mode, dir_fd=parent)
         if replaced and self.overlay:
             self.opaque(parent, name)
         self.note(path)
+        return replaced
 
     def opaque(self, parent: int, name: str) -> None:
         """Tell overlay that a directory hides all that lower layers have in it."""
@@ -574,6 +572,16 @@ class _Tree:
                     os.utime(fd, ns=(self._times[path], self._times[path]))
             finally:
                 os.close(fd)
+
+
+def _copy_status(source: int, target: int) -> None:
+    """Owner, mode and attributes of one open directory for another, but what overlay has noted there."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith(OVERLAY_ATTRIBUTES):
+            os.setxattr(target, name, os.getxattr(source, name))
 
 
 class _Writer:
@@ -657,7 +665,7 @@ class _Writer:
         found = self.tree.existing(parent, name)
         if found is None or not stat.S_ISDIR(found.st_mode):
             self.tree.directory(parent, name, one.path, 0o700)
-        elif not self.tree.overlay:
+        else:
             _clear(f"/proc/self/fd/{parent}/{name}")
             self.tree.note(one.path)
         acl = one.attributes.pop(DEFAULT_ACL, None)
@@ -713,20 +721,11 @@ def _finish(one: _Entry, parent: int, name: str) -> None:
     os.utime(name, ns=(one.moment, one.moment), dir_fd=parent, follow_symlinks=False)
 
 
-def _copy_status(source: int, target: int) -> None:
-    """Owner, mode and attributes of one open directory for another, but what overlay has noted there."""
-    status = os.fstat(source)
-    os.fchown(target, status.st_uid, status.st_gid)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    for name in os.listxattr(source):
-        if not name.startswith(OVERLAY_ATTRIBUTES):
-            os.setxattr(target, name, os.getxattr(source, name))
-
-
 def _clear(place: str) -> None:
-    """A directory shows the attributes of the uppermost layer that has it, and no others."""
+    """A directory shows the attributes of the last entry that says it, and no others but overlay's own."""
     for attribute in os.listxattr(place, follow_symlinks=False):
-        os.removexattr(place, attribute, follow_symlinks=False)
+        if not attribute.startswith(OVERLAY_ATTRIBUTES):
+            os.removexattr(place, attribute, follow_symlinks=False)
 
 
 def _is_whiteout(status: os.stat_result) -> bool:
@@ -752,9 +751,13 @@ def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "appl
     with ExitStack() as undo:
         stream = undo.enter_context(closing(_Ahead(source, limits.size)))
         tree = undo.enter_context(closing(_Tree(target, whiteouts == "overlay", lower)))
-        with _must_be_tar():
+        try:
             number = _Writer(tree, stream, devices).entries(limits)
             stream.drain()
+        except BadInput:
+            raise
+        except BROKEN as error:
+            raise _no_tar(error) from error
         tree.finish()
         return _account(stream, number)
 
