@@ -171,8 +171,14 @@ class _Stack:
         yield from (Change(REMOVED, path) for path in tops if path not in entries)
 
     def _take(self, hides: str, number: int) -> list[str]:
-        inside = hides if not hides or hides.endswith("/") else hides + "/"
-        gone = [path for path in self.tree if path == hides or path.startswith(inside)]
+        file = self.tree.get(hides)
+        if file and file.same is None:
+            gone = [hides]
+        elif file or not hides or hides.endswith("/"):
+            inside = hides if not file else hides + "/"
+            gone = [path for path in self.tree if path == hides or path.startswith(inside)]
+        else:
+            return []
         for path in gone:
             file = self.tree.pop(path)
             file.names -= 1
@@ -266,6 +272,7 @@ class _Outline:
 
     def __init__(self, view: LayerView) -> None:
         self.view, self.kinds = view, {change.path: change.kind for change in view.changes}
+        self.touched = {one for path in self.kinds for one in (path, *_ancestors(path))}
         self.below: dict[str, list[str]] = {}  # directory → every path below it, at any depth
         self.children: dict[str, list[str]] = {}
         for path in sorted({*view.tree, *view.paths(REMOVED)}):
@@ -278,7 +285,7 @@ class _Outline:
         paths = self.children.get(folder, [])
         shown = paths
         if len(paths) > LINES:
-            shown = [path for path in paths if self._touched(path)][:LINES] or paths[:LINES]
+            shown = [path for path in paths if path in self.touched][:LINES] or paths[:LINES]
         for path in shown:
             inside = self.below.get(path, [])
             kinds = {self.kinds.get(one, KEPT) for one in inside}
@@ -287,14 +294,11 @@ class _Outline:
             if not whole:
                 yield from self.rows(path, depth + 1)
         if rest := set(paths) - set(shown):
-            touched = sum(map(self._touched, rest))
+            touched = len(rest & self.touched)
             yield _Row(depth, KEPT, f"… {len(rest)} more", f"{touched} of them touched" if touched else "untouched")
 
     def _name(self, path: str) -> str:
         return os.path.basename(path) + ("/" if path in self.below or self.view.tree.get(path, 0) is None else "")
-
-    def _touched(self, path: str) -> bool:
-        return any(one in self.kinds for one in (path, *self.below.get(path, ())))
 
     def _note(self, path: str, whole: bool) -> str:
         """How large, how many where only this line stands for them, and what of it is in vain."""

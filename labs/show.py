@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 import re
 import string
 import xml.etree.ElementTree as ET
@@ -451,6 +452,8 @@ def _svg(source: str, alt: str) -> str:
 
 
 def _figure(draw: Callable[[Any], None], x: str, y: str, alt: str, height: float = 3.2) -> Picture:
+    # A slow machine would print that its font cache takes time, and be another page than a quick one.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     # Not at the top of the module: matplotlib alone takes seconds on an emulated machine.
     from matplotlib.figure import Figure
 

@@ -379,8 +379,9 @@ class TestEngines:
             tool("ctr", "namespaces", "remove", ctr[-1])
 
     def test_docker_too_makes_a_directory_in_the_place_of_a_lower_layers_link(self, layout, disk):
-        layers = [LAB.open(image.load(LAB, "busybox").layers[0].digest).read()]
-        base = (layout.add(layers[0], image.LAYER + "+gzip"), image.load(LAB, "busybox").diff_ids[0])
+        image.copy(LAB, "busybox", layout)
+        busybox = image.load(layout, "busybox")
+        base = (busybox.layers[0], busybox.diff_ids[0])
         more = [(layout.add(data, image.LAYER), sha256(data)) for data in (
             tar(("opt/", None), ("opt/real/", None), ("opt/link", "real")), tar(("opt/link/new", b"n")))]
         one = image.add_image(layout, [base, *more], name="linked", epoch=0)
@@ -716,9 +717,9 @@ def test_an_index_that_says_it_leads_to_itself_is_found_out(layout):
             look()
 
 
-def test_a_thousand_indexes_in_one_another(layout):
+def test_a_hundred_indexes_in_one_another(layout):
     one = add(layout, tar(("a", b""))).manifest
-    for _ in range(1000):
+    for _ in range(100):
         inner = one._replace(platform=image.HOST).json()
         one = layout.add_json({"schemaVersion": 2, "manifests": [inner]}, image.INDEX)
     assert image.load(layout, one).settings["architecture"] == image.HOST.architecture
