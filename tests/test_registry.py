@@ -335,6 +335,7 @@ def test_what_comes_spoiled_is_one_clear_error_and_does_not_stay(wicked, mine, c
         assert mine.names() == []
         assert {name.split("/")[0] for name in files(mine) - empty} <= {"blobs", "partial"}
         assert blobs(mine.path) <= {one.digest.partition(":")[2] for one in (there.config, *there.layers)}
+        assert len(wicked.seen) <= registry.REDIRECTS + 3
         wicked.twist = None
         registry.pull(watched, "busybox", "lab", mine)
     assert image.load(mine, "busybox").manifest.digest == there.manifest.digest
@@ -350,6 +351,14 @@ def test_a_manifest_by_digest_must_be_that_one(wicked, client, mine):
     with registry.Registry(wicked.host) as watched, pytest.raises(Mismatch) as caught:
         watched.manifest("busybox", wanted)
     assert (caught.value.expected, caught.value.found) == (wanted, image.digest(other))
+
+
+def test_a_manifest_is_of_one_type(wicked, client, mine):
+    small_image(mine, "typed", "typed")
+    registry.push(client, "busybox", "typed", mine, "typed")
+    wicked.twist = Twist("GET .*manifests", headers={"Content-Type": image.DOCKER_MANIFEST})
+    with registry.Registry(wicked.host) as watched, pytest.raises(BadInput, match="must be what Content-Type says"):
+        watched.manifest("busybox", "typed")
 
 
 def test_one_flipped_bit_on_the_registrys_own_disk_is_found(mine):
