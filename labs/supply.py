@@ -211,7 +211,8 @@ def check_claim(text: bytes, signature: str, public: str) -> Claim:
             file.flush()
             _openssl("dgst", "-sha256", "-verify", public, "-signature", file.name, data=text)
         except (ValueError, subprocess.CalledProcessError) as error:
-            raise BadInput("signature", f"{signature[:12]}…", "must be made with this key over these bytes") from error
+            name = os.path.basename(public)
+            raise BadInput("signature", name, "must be made with this key over these bytes") from error
     return Claim.of(text)
 
 
