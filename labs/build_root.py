@@ -56,7 +56,7 @@ class Root:
             return self.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except KernelError as error:
             if error.errno == errno.ENOTDIR:
-                raise BadInput("destination", path, "must be a directory, and the image has another file there") from error
+                raise BadInput("destination", path, "must be a directory; the image has something else") from error
             if error.errno != errno.ENOENT:
                 raise
         above, name = os.path.split(path.rstrip("/"))
