@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from labs import build_config, build_copy, dockerfile, image, machine
-from labs.build_cache import Store, key_of
+from labs.build_cache import Store, key_of, stack
 from labs.build_config import PROXIES, State
 from labs.build_copy import Copy, Source, Tree
 from labs.build_root import forget, opened
@@ -192,7 +192,7 @@ class _Builder:
             return fresh
         found = image.load(self.options.bases, base)
         self.store.take_over(self.options.bases, found.layers)
-        return replace(fresh, key=key_of("FROM", found.manifest.digest, self.store.epoch), layers=list(zip(found.layers, found.diff_ids, strict=True)),
+        return replace(fresh, key=key_of("FROM", found.manifest.digest, self.store.epoch), layers=stack(found),
                        config=build_config.with_path(found.run), history=[*(found.settings.get("history") or [])])
 
     def _carry_out(self, state: State, instruction: Instruction, number: int) -> None:
@@ -301,7 +301,7 @@ class _Builder:
             root = self.store.root(self.stage(earlier).layers)
         elif name in bases.names():
             found = image.load(bases, name)
-            root = self.store.root(list(zip(found.layers, found.diff_ids, strict=True)), bases)
+            root = self.store.root(stack(found), bases)
         else:
             there = ", ".join([*self.names[:number], *bases.names()]) or "there is none"
             raise BadInput("from", name, f"must be an earlier stage or an image: {there}")

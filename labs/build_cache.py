@@ -27,7 +27,6 @@ from labs import image, layer
 from labs.build_config import State
 from labs.build_root import Root, mounted
 
-
 Stack: TypeAlias = Sequence[tuple[image.Descriptor, str]]
 
 
@@ -37,6 +36,11 @@ class Made(NamedTuple):
     layer: image.Descriptor
     diff_id: str
     created: int
+
+
+def stack(found: image.Image) -> list[tuple[image.Descriptor, str]]:
+    """An image's layers with their diffIDs."""
+    return list(zip(found.layers, found.diff_ids, strict=True))
 
 
 def key_of(*facts: object) -> str:
@@ -99,11 +103,16 @@ class Store:
         os.rename(fresh, self._place(key))
 
     def directories(self, layers: Stack, layout: image.Layout | None = None) -> list[str]:
-        """Layers as directories, lowest first, unpacked for this build when they are first needed."""
+        """Layers as directories, lowest first, unpacked for this build when they are first needed.
+
+        Of equal layers (two that are empty, say) only the uppermost: overlay takes no directory twice, and whatever
+        the lower one has or hides, the upper one has or hides as well.
+        """
         settings = {"rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]}}
         no_blob = image.Descriptor(image.CONFIG, "", 0)
-        stack = image.Image(no_blob, no_blob, tuple(blob for blob, _ in layers), settings)
-        return image.unpack_layers(layout or self.layout, stack, f"{self.folder}/layers")
+        whole = image.Image(no_blob, no_blob, tuple(blob for blob, _ in layers), settings)
+        found = image.unpack_layers(layout or self.layout, whole, f"{self.folder}/layers")
+        return list(dict.fromkeys(reversed(found)))[::-1]
 
     @contextmanager
     def root(self, layers: Stack, layout: image.Layout | None = None) -> Iterator[Root]:

@@ -56,7 +56,7 @@ class Root:
             return self.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except KernelError as error:
             if error.errno == errno.ENOTDIR:
-                raise BadInput("destination", path, "must be a directory, and the image has another file there") from error
+                raise BadInput("destination", path, "must be a directory; the image has something else") from error
             if error.errno != errno.ENOENT:
                 raise
         above, name = os.path.split(path.rstrip("/"))
@@ -136,14 +136,19 @@ class Root:
 
         A directory that is there already keeps its own if it is the destination itself.
         """
-        folders: list[tuple[str, Item]] = []
+        folders, first = list[tuple[str, Item]](), dict[tuple[int, int], str]()
         for item in items:
             path = os.path.join(destination, item.path) if item.path else destination
             if not stat.S_ISDIR(item.status.st_mode):
                 with opened(self.folder(os.path.dirname(path), owner or (0, 0))) as parent:
                     target = f"/proc/self/fd/{parent}/{os.path.basename(path)}"
-                    _copy(item, target, path)
-                    _dress(target, item, owner, mode)
+                    _clear(target, path)
+                    known = first.setdefault((item.status.st_dev, item.status.st_ino), path)
+                    if known != path:  # a further name of a file that is copied already
+                        os.link(known.lstrip("/"), target, src_dir_fd=self.fd, follow_symlinks=False)
+                    else:
+                        _copy(item, target)
+                        _dress(target, item, owner, mode)
             elif item.path or not self.is_folder(path):
                 with opened(self.folder(path, owner or (0, 0))) as folder:
                     _dress(f"/proc/self/fd/{folder}", item, owner, mode)
@@ -171,15 +176,19 @@ def _make_folder(parent: int, name: str, path: str, owner: tuple[int, int]) -> N
     os.chmod(name, 0o755, dir_fd=parent)  # noqa: S103  as mkdir(1) makes it; the umask would take from it
 
 
-def _copy(item: Item, target: str, path: str) -> None:
-    """Make one file that is no directory; another that has the name is replaced."""
-    kind = stat.S_IFMT(item.status.st_mode)
+def _clear(target: str, path: str) -> None:
+    """Make way for a file: another that has the name is replaced."""
     try:
         os.unlink(target)
     except FileNotFoundError:
         pass
     except IsADirectoryError as error:
         raise BadInput("destination", path, "must not be a directory: a file is copied there") from error
+
+
+def _copy(item: Item, target: str) -> None:
+    """Make one file that is no directory."""
+    kind = stat.S_IFMT(item.status.st_mode)
     if kind == stat.S_IFREG:
         with open(item.place, "rb") as source, open(target, "xb") as out:
             shutil.copyfileobj(source, out, layer.BLOCK)
