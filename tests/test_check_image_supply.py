@@ -110,7 +110,7 @@ def test_piece_hints_and_passes():
     toc = {"f": (10, len(data), image.digest(content)), "g": (0, len(data), image.digest(b"other"))}
     whole = b"\x1f\x8b" + bytes(2000)
     assert "バイト列" in check.piece("text", toc, "f", 2002).message
-    assert "丸ごと（2002 バイト）" in check.piece(whole, toc, "f", 2002).message
+    assert "丸ごと受け取りました" in check.piece(whole, toc, "f", 2002).message
     assert "gzip の印" in check.piece(data[1:], toc, "f", 2002).message
     assert "一バイト多く" in check.piece(data + b"x", toc, "f", 2002).message
     assert f"長さが 20 バイトです。目次の二つ目の数は {len(data)}" in check.piece(data[:20], toc, "f", 2002).message

@@ -135,7 +135,7 @@ def piece(data: bytes, toc: Mapping[str, tuple[int, int, str]], path: str, whole
     """The gzip member of one file, as it lies in a blob of so many bytes; toc: start, size, digest of the content."""
     _, size, digest = toc[path]
     yield isinstance(data, bytes), "バイト列を入れてください。応答の `content` がそれです。"
-    yield len(data) != whole, f"blob を丸ごと（{whole} バイト）受け取りました。`Range` ヘッダーを付けて、必要なところだけを頼みます。"
+    yield len(data) != whole, "blob を丸ごと受け取りました。`Range` ヘッダーを付けて、必要なところだけを頼みます。"
     yield data[:2] == b"\x1f\x8b", "gzip の印（`1f 8b`）で始まっていません。`Range` の始まりを、目次の一つ目の数に合わせてください。"
     yield len(data) != size + 1, "一バイト多く受け取りました。`Range` の終わりは、その位置のバイトも含みます。"
     yield len(data) == size, f"長さが {len(data)} バイトです。目次の二つ目の数は {size} です。"
