@@ -128,7 +128,7 @@ def context(folder):
     subprocess.run(["gzip", folder / "plain"], check=True)
     for folder_, _, names in os.walk(folder):
         for name in [".", *names]:
-            os.utime(Path(folder_, name), (EPOCH - 100, EPOCH - 100), follow_symlinks=False)
+            os.utime(Path(folder_, name), (EPOCH + 100, EPOCH + 100), follow_symlinks=False)
     return folder
 
 
@@ -191,7 +191,8 @@ def added(made, layout, number):
 # The same Dockerfiles through other builders
 
 # What buildah does otherwise, file by file: labs has it as Docker has.
-ON_THE_WAY = {"srv", "srv/app", "etc", "tmp", "bin", "run", "srv/app/mine"}  # buildah lists fewer of the parents
+ON_THE_WAY = {"srv", "srv/app", "etc", "tmp", "bin", "run"}  # buildah lists fewer of the parents
+WORKDIRS = {"srv/app/mine", "srv/app/mine/deeper"}  # a layer of its own here, in the next RUN's there
 MOUNT_POINTS = {"etc/hosts", "etc/hostname", "etc/resolv.conf"}  # what buildah leaves in the layer of a first RUN
 OPAQUE = re.compile(r"srv/app/src/\.wh\..*")  # one opaque whiteout here, a whiteout for each name there
 KEPT_OWNERS = {"mine/in", "mine/in/file"}  # --chown does not reach into an archive there
@@ -200,7 +201,7 @@ KEPT_OWNERS = {"mine/in", "mine/in/file"}  # --chown does not reach into an arch
 def comparable(layers):
     return [kept for layer in layers if (kept := {
         path: facts for path, facts in layer.items()
-        if path not in ON_THE_WAY | MOUNT_POINTS | KEPT_OWNERS and not OPAQUE.fullmatch(path)})]
+        if path not in ON_THE_WAY | WORKDIRS | MOUNT_POINTS | KEPT_OWNERS and not OPAQUE.fullmatch(path)})]
 
 
 @pytest.fixture
@@ -226,9 +227,6 @@ def test_layers_as_buildah_makes_them(place, buildah, target):
     built(place, FILES, args={"BASE": "busybox"}, target=target)
     buildah(target)
     mine, theirs = comparable(entries(place / "labs", "made")), comparable(entries(place / "buildah", "made"))
-    mine = [layer for layer in mine if set(layer) != {"srv/app/mine/deeper"}]  # a WORKDIR has a layer of its own here
-    theirs = [{path: facts for path, facts in layer.items() if path != "srv/app/mine/deeper"} for layer in theirs]
-    theirs = [layer for layer in theirs if layer]
     assert mine == theirs
     assert len(mine) > (15 if target else 3)
 
@@ -303,7 +301,7 @@ def test_a_touched_file_is_the_same_file_and_another_mode_is_not(sources):
     ("FROM busybox", "FROM busybox\nLABEL a=b", "+++"),
     ("FROM busybox", "FROM busybox\nENV a=b", "+--"),
     ("FROM busybox", "FROM busybox\nARG a=b", "+--"),
-    ("FROM busybox", "FROM busybox\nUSER 1", "+--"),
+    ("FROM busybox", "FROM busybox\nUSER root", "+--"),
     ("wc -c", "wc  -c", "+--"),
     ("source /app/", "source /app/other", "++-"),
     ("COPY source", "COPY --chmod=600 source", "++-")])
@@ -388,7 +386,7 @@ def test_an_image_without_proc_gets_none_from_run(place):
 def run_output(place, text, **options):
     """What the last RUN wrote to /out."""
     made = built(place, text, **options)
-    with tarfile.open(fileobj=image.Layout(place / "labs").open(made.image.layers[-1].digest)) as tar:
+    with tarfile.open(image.Layout(place / "labs").blob(made.image.layers[-1].digest)) as tar:
         return tar.extractfile("out").read().decode()
 
 
@@ -452,14 +450,14 @@ def test_a_dockerignore_of_its_own_goes_with_a_dockerfile(place):
 @pytest.mark.parametrize(("text", "said"), [
     ("FROM busybox\nRUN echo before; echo why >&2; exit 7", "Dockerfile:2: RUN: 'echo before; echo why >&2; exit 7': "
      "exit code 7\n  before\n  why"),
-    ("FROM busybox\nRUN kill -9 $$", "Dockerfile:2: RUN: 'kill -9 $$': exit code 137"),
+    ("FROM busybox\nRUN sh -c 'kill -9 $$'; exit $?", """Dockerfile:2: RUN: "sh -c 'kill -9 $$'; exit $?": exit code 137"""),
     ('FROM busybox\n\nRUN ["nothing"]', "Dockerfile:3: RUN: 'nothing': exit code 127\n  execve nothing: command not found"),
     ("FROM busybox\nCOPY missing /", "Dockerfile:2: COPY: 'missing': no such file in the context"),
     ("FROM busybox\nCOPY m*g /", "Dockerfile:2: COPY: 'm*g': no such file in the context"),
     ("FROM busybox\nCOPY ../outside /", "Dockerfile:2: COPY: '../outside': must not lead out of the context"),
     ("FROM busybox\nCOPY out /", "Dockerfile:2: COPY: 'out': a symbolic link leads out of the context"),
     ("FROM busybox\nCOPY up/x /", "Dockerfile:2: COPY: 'up/x': a symbolic link leads out of the context"),
-    ("FROM busybox\nCOPY --from=no /a /", "Dockerfile:2: COPY: 'no': must be an earlier stage or an image: 0, busybox"),
+    ("FROM busybox\nCOPY --from=no /a /", "Dockerfile:2: COPY: 'no': must be an earlier stage or an image: busybox"),
     ("FROM busybox AS a\nFROM busybox\nCOPY --from=1 /a /", "Dockerfile:3: COPY: '1': must be an earlier stage"),
     ("FROM no", "Dockerfile:1: FROM: 'no': must be one of busybox"),
     ("FROM --platform=linux/other busybox", "Dockerfile:1: FROM: 'linux/other': must be linux/"),
