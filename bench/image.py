@@ -1,4 +1,4 @@
-"""A layered image of over 200 MB: unpacked, pulled and pushed beside umoci, skopeo, podman and plain tar.
+"""A layered image of over 200 MB: unpacked, pulled, pushed and built beside umoci, skopeo, podman, buildah and tar.
 
 Every way gets the same gzip layers: the lab's Debian and two layers made from this machine's own programs.
 """
@@ -12,15 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from bench.table import Row, main, show, side_by_side
-from labs import image, layer, machine
+from labs import build, image, layer, machine, registry, registry_server
 
 IMAGES = "/opt/labs/images"
-PROGRAMS = ("/usr/lib/python3", "/usr/bin")
+PROGRAMS = ("/usr/lib/python3.13", "/usr/sbin")
 SMALLEST = 200 << 20
 
 
@@ -111,6 +112,80 @@ def unpack(folder: Path, runs: int) -> list[Row]:
     return rows
 
 
+def transfer(folder: Path, runs: int) -> list[Row]:
+    """Pull into an empty layout and push into an empty registry, ours and skopeo's; a new registry each time."""
+    ways, numbers, place, now = Ways(folder), count(), f"oci:{folder}/layout:big", ExitStack()
+    insecure = ("--src-tls-verify=false", "--dest-tls-verify=false")
+    hosts: list[str] = []
+
+    def fresh(filled: bool) -> None:
+        now.close()
+        hosts[:] = [now.enter_context(registry_server.serve()).host]
+        if filled:
+            _quiet("skopeo", "copy", *insecure, place, f"docker://{hosts[0]}/big:lab")
+        ways.fresh()
+
+    def pull() -> None:
+        with registry.Registry(hosts[0]) as client:
+            registry.pull(client, "big", "lab", image.Layout.create(f"{folder}/target/{next(numbers)}"))
+
+    def push() -> None:
+        with registry.Registry(hosts[0]) as client:
+            registry.push(client, "big", "lab", ways.layout, "big")
+
+    def skopeo_pull() -> None:
+        _quiet("skopeo", "copy", *insecure, f"docker://{hosts[0]}/big:lab", f"oci:{folder}/target/{next(numbers)}:big")
+
+    def skopeo_push() -> None:
+        _quiet("skopeo", "copy", *insecure, place, f"docker://{hosts[0]}/big:lab")
+
+    with now:
+        pulls = side_by_side({"labs pull": pull, "skopeo pull": skopeo_pull}, runs, before=partial(fresh, True))
+        show("pull", pulls, ("skopeo pull",))
+        pushes = side_by_side({"labs push": push, "skopeo push": skopeo_push}, runs, before=partial(fresh, False))
+        show("push", pushes, ("skopeo push",))
+    return pulls + pushes
+
+
+DOCKERFILE = """\
+FROM debian
+WORKDIR /app
+COPY . .
+RUN tar cf /app/all.tar /app/python3.13 && sha256sum /app/all.tar >/app/sum
+RUN rm /app/all.tar
+CMD ["cat", "/app/sum"]
+"""
+
+
+def building(folder: Path, runs: int) -> list[Row]:
+    """One Dockerfile without a cache: a tree of small files copied, a command that writes, one that removes."""
+    context, numbers = folder / "context", count()
+    context.mkdir()
+    shutil.copytree(PROGRAMS[0], context / "python3.13", symlinks=True)
+    (context / "Dockerfile").write_text(DOCKERFILE)
+    bases = image.Layout(IMAGES)
+
+    def labs() -> None:
+        made = image.Layout.create(f"{folder}/target/{next(numbers)}")
+        build.build(str(context), made, "made", cache=False, bases=bases)
+
+    store = ("--root", f"{folder}/store", "--runroot", f"{folder}/run")
+    _quiet("podman", *store, "pull", "--quiet", f"oci:{IMAGES}:debian")
+    name = subprocess.check_output(["podman", *store, "images", "--quiet"], text=True).split()[0]
+    (context / "Containerfile").write_text(DOCKERFILE.replace("FROM debian", f"FROM {name}"))
+
+    def buildah() -> None:
+        options = ("--isolation=chroot", "--layers", "--no-cache", "--pull=never", f"--tag=made-{next(numbers)}")
+        _quiet("buildah", *store, "build", *options, f"--file={context}/Containerfile", str(context))
+
+    try:
+        rows = side_by_side({"labs build": labs, "buildah build": buildah}, runs, before=Ways(folder).fresh)
+    finally:
+        _quiet("podman", *store, "rmi", "--all", "--force")
+    show("build", rows, ("buildah build",))
+    return rows
+
+
 def memory(folder: Path) -> None:
     """The most memory that unpacking a layer takes, for layers of growing size: it must not grow with them."""
     program = (
@@ -136,6 +211,7 @@ def measure(runs: int) -> Sequence[Row]:
             raise SystemExit(f"the image unpacks to {size >> 20} MiB only")
         print(f"an image of {size >> 20} MiB unpacked")
         rows = unpack(folder, min(3, runs))
+        rows += [*transfer(folder, min(3, runs)), *building(folder, min(3, runs))]
         memory(folder)
     print(f"\nmeasured in {time.monotonic() - began:.0f} s")
     return rows

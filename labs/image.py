@@ -456,16 +456,18 @@ def unpack(layout: Layout, image: Image, target: str, *, progress: Callable[[lay
 
 def unpack_layers(layout: Layout, image: Image, folder: str, *,
                   progress: Callable[[layer.Unpacked], object] = bool, **options: Any) -> list[str]:
-    """Unpack each layer into a directory of its own, named by its diffID, that overlay can mount; lowest first.
+    """Unpack each layer into a directory of its own, named by its chainID, that overlay can mount; lowest first.
 
-    A directory that is there already was complete and checked when it got its name, and is used again.
+    A directory that is there already was complete and checked when it got its name, and is used again.  The name is
+    that of the whole stack: directories that a layer does not list are as the layers below have them.
     """
     os.makedirs(folder, exist_ok=True)
-    targets = [f"{folder}/{diff_id.partition(':')[2][:16]}" for diff_id in image.diff_ids]
+    targets = [f"{folder}/{chain_id.partition(':')[2][:16]}" for chain_id in chain_ids(image.diff_ids)]
     for number, target in enumerate(targets):
         if not os.path.exists(target):
+            lower = targets[:number][::-1]
             with _all_or_nothing(target) as fresh:
-                progress(_verified(layout, image, number, fresh, whiteouts="overlay", **options))
+                progress(_verified(layout, image, number, fresh, whiteouts="overlay", lower=lower, **options))
     return targets
 
 

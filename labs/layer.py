@@ -19,13 +19,13 @@ import stat
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
-from isal import igzip
+from isal import igzip, igzip_lib
 
 from labs import machine, mounts, syscalls
 from labs.errors import BadInput, KernelError
@@ -37,9 +37,13 @@ XATTR = "SCHILY.xattr."  # the key of an extended attribute in a pax header, sta
 BLOCK = 1 << 20
 AHEAD = 8  # blocks that the reading thread may be ahead
 HEADER_BYTES = 1 << 20  # what the headers of one entry may hold
+OPEN = 64  # directories kept open
+NOBODY_AT_ALL = (1 << 32) - 1  # (uid_t) -1
+DEFAULT_ACL = "system.posix_acl_default"  # what new files in a directory inherit, acl(5)
 DEVICES = {(stat.S_IFCHR, d.major, d.minor) for d in mounts.DEVICES} | {(stat.S_IFCHR, 5, 1), (stat.S_IFCHR, 5, 2)}
-BROKEN = (tarfile.TarError, EOFError, zlib.error, igzip.BadGzipFile, zstandard.ZstdError, InvalidOperation,
-          RecursionError, OverflowError, ValueError)
+BROKEN: tuple[type[Exception], ...] = (
+    tarfile.TarError, EOFError, zlib.error, igzip.BadGzipFile, igzip_lib.IsalError, zstandard.ZstdError,  # type: ignore[assignment]
+    InvalidOperation, RecursionError, OverflowError, ValueError)
 
 
 class Limits(NamedTuple):
@@ -47,6 +51,9 @@ class Limits(NamedTuple):
 
     size: int = 16 << 30
     entries: int = 2_000_000
+
+
+LIMITS = Limits()
 
 
 class Unpacked(NamedTuple):
@@ -104,10 +111,10 @@ def decompressed(source: BinaryIO) -> BinaryIO:
     start = source.read(4)
     whole: Any = io.BufferedReader(_Chain(start, source), BLOCK)
     if start.startswith(b"\x1f\x8b"):
-        return igzip.IGzipFile(fileobj=whole, mode="rb")  # type: ignore[return-value]
+        return igzip.IGzipFile(fileobj=whole, mode="rb")  # type: ignore[no-untyped-call, return-value]
     if start == b"\x28\xb5\x2f\xfd":
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        return reader.stream_reader(whole, read_across_frames=True)  # type: ignore[return-value]
+        return reader.stream_reader(whole, read_across_frames=True)
     return whole  # type: ignore[no-any-return]
 
 
@@ -142,13 +149,7 @@ class _Ahead:
 
     def _run(self) -> None:
         try:
-            plain = decompressed(self.raw)  # type: ignore[arg-type]
-            left = self._limit
-            while block := plain.read(BLOCK):
-                self.sha256.update(block)
-                left -= len(block)
-                if left < 0:
-                    raise BadInput("layer", f"over {self._limit} bytes", "must not unpack to more than the limit")
+            for block in self._plain():
                 if not self._put(block):
                     return
             while self.raw.read(BLOCK):
@@ -157,16 +158,25 @@ class _Ahead:
         except BaseException as error:  # noqa: BLE001  it is raised where the blocks are read
             self._put(error)
 
+    def _plain(self) -> Iterator[bytes]:
+        plain, left = decompressed(self.raw), self._limit  # type: ignore[arg-type]
+        while block := plain.read(BLOCK):
+            self.sha256.update(block)
+            left -= len(block)
+            if left < 0:
+                raise BadInput("layer", f"over {self._limit} bytes", "must not unpack to more than the limit")
+            yield block
+
     def _put(self, item: bytes | BaseException) -> bool:
-        while not self._stop.is_set():
-            with suppress(queue.Full):
-                self._blocks.put(item, timeout=0.2)
-                return True
-        return False
+        self._blocks.put(item)
+        return not self._stop.is_set()
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread, which may be waiting for room."""
         self._stop.set()
+        with suppress(queue.Empty):
+            while True:
+                self._blocks.get_nowait()
         self._thread.join()
 
     def _next(self) -> bool:
@@ -218,19 +228,61 @@ class _Ahead:
             self._position += len(self._block)
 
 
-def _members(stream: _Ahead) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar, one after the other, none kept; tarfile alone would end silently at a broken header."""
-    tar = tarfile.TarFile(fileobj=stream, encoding="utf-8")  # type: ignore[arg-type]
-    member = tar.firstmember  # type: ignore[attr-defined]
-    while member is not None:
-        tar.members.clear()  # type: ignore[attr-defined]
-        yield member
+class _Unheard(dict[str, str]):
+    """Global pax headers: Go's archive/tar, with which the engines read layers, does not apply them, nor do we."""
+
+    def __setitem__(self, key: str, value: str) -> None:
+        pass
+
+
+class _Headers(tarfile.TarFile):
+    """A tar of which tarfile reads nothing by itself: it takes a broken header for the end."""
+
+    def next(self) -> None:
+        return None
+
+
+def _members(stream: _Ahead) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The entries of a tar one after the other, each with how many bytes are stored for it; none is kept."""
+    source: Any = stream
+    tar: Any = _Headers(fileobj=source, encoding="utf-8", pax_headers=_Unheard())
+    while True:
         stream.headers = 0
-        stream.seek(tar.offset)  # type: ignore[attr-defined]
         try:
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return
+        yield member, tar.offset - member.offset_data
+        stream.seek(tar.offset)
+
+
+def entries(source: BinaryIO) -> Generator[tarfile.TarInfo, None, Unpacked]:
+    """The entries of a layer, plain, gzip or zstd, in its order; the contents of files are passed over.
+
+    Returns what unpack returns: `done = yield from entries(...)`.  Raises BadInput for what is no tar.
+    """
+    with closing(_Ahead(source, LIMITS.size)) as stream:
+        number = 0
+        try:
+            for member, _ in _members(stream):
+                number += 1
+                yield member
+            stream.drain()
+        except BadInput:
+            raise
+        except BROKEN as error:
+            raise _no_tar(error) from error
+        return _account(stream, number)
+
+
+def _no_tar(error: Exception) -> BadInput:
+    return BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}")
+
+
+def _account(stream: _Ahead, number: int) -> Unpacked:
+    raw = stream.raw
+    return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
+                    number, stream.tell())
 
 
 # What an entry may be.
@@ -249,6 +301,8 @@ def check_path(name: str, what: str = "path") -> str:
         raise _refuse(name, f"{what} must not have .. in it")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
         raise _refuse(name, f"{what} must not have control characters in it")
+    if any(part.startswith(WHITEOUT) for part in parts[:-1]):
+        raise _refuse(name, f"{what} must not lead through a whiteout")
     if any(len(os.fsencode(part)) > 255 for part in parts) or len(os.fsencode(name)) >= 4096:
         raise _refuse(name, f"{what} must be shorter than 4096 bytes, each part than 256")
     return "/".join(parts) or "."
@@ -262,12 +316,26 @@ def _check_whiteout(path: str) -> str:
     return hidden
 
 
-def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | None) -> int:
-    kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
-    if allowed is not None and (kind, member.devmajor, member.devminor) not in allowed:
+def _kind_of_device(member: tarfile.TarInfo) -> int:
+    return stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+
+
+def _check_device(member: tarfile.TarInfo, path: str, allowed: Container[Any] | None) -> None:
+    device = _kind_of_device(member), member.devmajor, member.devminor
+    if device == (stat.S_IFCHR, 0, 0) or (allowed is not None and device not in allowed):
         letter = "c" if member.ischr() else "b"
         raise _refuse(path, f"device {letter} {member.devmajor}:{member.devminor} is not one that a layer may bring")
-    return kind
+
+
+def _check_numbers(member: tarfile.TarInfo, path: str) -> None:
+    """A size is never negative; the owner -1 would mean "leave as it is" to chown(2)."""
+    for key in ("size", "uid", "gid"):
+        if not member.pax_headers.get(key, "0").isdecimal():  # tarfile would take it for 0
+            raise _refuse(path, f"{key} {member.pax_headers[key][:20]!r} must be a number")
+    if member.size < 0:
+        raise _refuse(path, f"size {member.size} must not be negative")
+    if not (0 <= member.uid < NOBODY_AT_ALL and 0 <= member.gid < NOBODY_AT_ALL):
+        raise _refuse(path, f"owner {member.uid}:{member.gid} must be numbers from 0 to {NOBODY_AT_ALL - 1}")
 
 
 def _attributes(member: tarfile.TarInfo, path: str) -> dict[str, bytes]:
@@ -280,10 +348,12 @@ def _attributes(member: tarfile.TarInfo, path: str) -> dict[str, bytes]:
     return found
 
 
-def _check_sparse(member: tarfile.TarInfo, path: str, stored: int) -> list[tuple[int, int]]:
-    """The parts of a sparse file: in order, within its size, as many bytes as are stored."""
-    parts: list[tuple[int, int]] = member.sparse or []
-    end = 0
+def _parts(member: tarfile.TarInfo, path: str, stored: int) -> list[tuple[int, int]] | None:
+    """The parts of a sparse file: in order, within its size, as many bytes as are stored; empty ones say nothing."""
+    everything: Any = member.sparse
+    if everything is None:
+        return None
+    parts, end = [(offset, size) for offset, size in everything if size], 0
     for offset, size in parts:
         if size < 0 or offset < end or offset + size > member.size:
             raise _refuse(path, "parts of a sparse file must lie in order and within its size")
@@ -296,10 +366,26 @@ def _check_sparse(member: tarfile.TarInfo, path: str, stored: int) -> list[tuple
 def _mtime(member: tarfile.TarInfo) -> int:
     """Its time of change in nanoseconds; a pax header has more digits than a float."""
     text = member.pax_headers.get("mtime")
-    moment = int(Decimal(text) * 10**9) if text else int(member.mtime) * 10**9
-    if not -(1 << 62) < moment < 1 << 62:
-        raise _refuse(member.name, "time of change must be within 146 years of 1970")
-    return moment
+    seconds = Decimal(text) if text else Decimal(int(member.mtime))
+    if not -(1 << 32) < seconds < 1 << 32:
+        raise _refuse(member.name, "time of change must be within 136 years of 1970")
+    return int(seconds * 10**9)
+
+
+class _Entry(NamedTuple):
+    """An entry that was checked: what it is called here, its attributes, its time, the parts of a sparse file."""
+
+    member: tarfile.TarInfo
+    path: str
+    attributes: dict[str, bytes]
+    moment: int
+    parts: list[tuple[int, int]] | None
+
+
+def _checked(member: tarfile.TarInfo, stored: int) -> _Entry:
+    path = check_path(member.name)
+    _check_numbers(member, path)
+    return _Entry(member, path, _attributes(member, path), _mtime(member), _parts(member, path, stored))
 
 
 # The target directory, which nothing leaves.
@@ -308,71 +394,130 @@ def _mtime(member: tarfile.TarInfo) -> int:
 class _Tree:
     """A directory and what is made in it: every path is resolved by openat2(2), never by this program.
 
-    follow: whether the symbolic links of lower layers are followed, with the directory as their root, as it
-    is when layers are applied one onto the other; links of this layer never are.
+    overlay: it is one layer, and says what it hides as overlay does; no symbolic link is followed.  Otherwise layers
+    are applied one onto the other: links of lower layers are followed, with the directory as their root, links of
+    this layer never, and what is hidden is removed.
+    lower: the directories of the layers below, the uppermost first, where this one stands alone.
     """
 
-    def __init__(self, target: str, follow: bool) -> None:
+    def __init__(self, target: str, overlay: bool, lower: Sequence[str] = ()) -> None:
         self.root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.overlay = overlay
         self._resolve = syscalls.RESOLVE_NO_MAGICLINKS | (
-            syscalls.RESOLVE_IN_ROOT if follow else syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
-        self._open: dict[str, int] = {}
-        self.made: set[str] = set()  # only where layers are applied: what this one brought
-        self.links: set[str] = set()
-        self._follow = follow
-        self._times: list[tuple[str, int]] = []
+            syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS if overlay else syscalls.RESOLVE_IN_ROOT)
+        self._open: dict[str, int] = {}  # the last used at the end
+        self._made: dict[str, bool] = {}  # only where layers are applied: made by this one, or on the way to such
+        self._links: set[str] = set()
+        self._times: dict[str, int] = {}
+        self._acls: dict[str, bytes] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._lower = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in lower]
+        self._inherit(".", self.root)
+        self._begin(".", self.root)
 
     def close(self) -> None:
         """Close what is open."""
-        self.forget()
-        os.close(self.root)
-
-    def forget(self) -> None:
-        """Close the directories that are kept open; one of them has moved or gone."""
-        for fd in self._open.values():
+        self.forget("")
+        for fd in (self.root, *self._lower):
             os.close(fd)
-        self._open.clear()
 
-    def folder(self, path: str) -> int:
-        """A descriptor of a directory; missing ones are made, with mode 755."""
+    def forget(self, path: str) -> None:
+        """Close the directories kept open, but for those that lead to a path: one of them may be gone now."""
+        for known in [known for known in self._open if not path.startswith(known + "/")]:
+            os.close(self._open.pop(known))
+
+    def folder(self, path: str, make: bool = True) -> int:
+        """A descriptor of a directory; missing ones are made, with mode 755.  It and the one before it stay open."""
         if path in ("", "."):
             return self.root
-        if path not in self._open:
-            if len(self._open) >= 64:
-                self.forget()
+        fd = self._open.pop(path, None)
+        if fd is None:
             self._check_links(path)
-            self._open[path] = self._enter(path)
-        return self._open[path]
+            fd = self._enter(path, make)
+            if len(self._open) >= OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[path] = fd
+        return fd
 
     def _check_links(self, path: str) -> None:
         """No tool that reads a directory writes an entry behind a symbolic link of the same layer."""
         while path:
-            if path in self.links:
+            if path in self._links:
                 raise _refuse(path, "nothing may be written through a symbolic link of the same layer")
             path = os.path.dirname(path)
 
-    def _enter(self, path: str) -> int:
+    def _enter(self, path: str, make: bool) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY
         try:
-            return syscalls.openat2(self.root, path, flags, self._resolve)
+            fd = syscalls.openat2(self.root, path, flags, self._resolve)
         except KernelError as error:
             if error.errno == errno.ELOOP:
                 raise _refuse(path, "nothing may be written through a symbolic link") from error
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
-        parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
-        self.remove(parent, name, path)
-        os.mkdir(name, 0o755, dir_fd=parent)
+            if not make:
+                raise _refuse(path, "no such directory in the layer") from error
+            parent, name = self.folder(os.path.dirname(path)), os.path.basename(path)
+            replaced = self.directory(parent, name, path, 0o755)
+            fd = syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+            if not replaced:
+                self._inherit(path, fd)
+        self._begin(path, fd)
+        return fd
+
+    def _begin(self, path: str, fd: int) -> None:
+        """Before anything is changed in a directory: what it is to have again in the end, unless the layer lists it.
+
+        A default ACL comes off until then: what a layer's files have, the layer says.
+        """
+        if DEFAULT_ACL in os.listxattr(fd):
+            self._acls[path] = os.getxattr(fd, DEFAULT_ACL)
+            os.removexattr(fd, DEFAULT_ACL)
+        status = os.fstat(fd)
+        if not self.overlay and (status.st_dev, status.st_ino) not in self._seen:
+            self._seen.add((status.st_dev, status.st_ino))
+            self._times.setdefault(path, status.st_mtime_ns)
+
+    def _inherit(self, path: str, fd: int) -> None:
+        """A directory that the layer does not list is as the layers below have it, as containerd does too."""
+        for lower in self._lower:
+            try:
+                source = syscalls.openat2(lower, path, os.O_RDONLY | os.O_DIRECTORY,
+                                          syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                return  # something else is there
+            try:
+                _copy_status(source, fd)
+                self._times[path] = os.fstat(source).st_mtime_ns
+            finally:
+                os.close(source)
+            return
+
+    def directory(self, parent: int, name: str, path: str, mode: int) -> bool:
+        """Make a directory; whether it replaces a file or a whiteout of its layer, for then it hides what they did."""
+        replaced = self.remove(parent, name, path)
+        os.mkdir(name, mode, dir_fd=parent)
+        if replaced and self.overlay:
+            self.opaque(parent, name)
         self.note(path)
-        return syscalls.openat2(parent, name, flags, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS)
+        return replaced
+
+    def opaque(self, parent: int, name: str) -> None:
+        """Tell overlay that a directory hides all that lower layers have in it."""
+        os.setxattr(f"/proc/self/fd/{parent}/{name}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
 
     def note(self, path: str, link: bool = False) -> None:
         """Remember what this layer brought, as far as somebody will ask."""
-        if self._follow:
-            self.made.add(path)
-            self.links.discard(path)
-            if link:
-                self.links.add(path)
+        if self.overlay:
+            return
+        self._links.discard(path)
+        if link:
+            self._links.add(path)
+        self._made[path] = True
+        while (path := os.path.dirname(path)) and path not in self._made:
+            self._made[path] = False
 
     def existing(self, parent: int, name: str) -> os.stat_result | None:
         """What stands at a name now, without following a link."""
@@ -381,167 +526,206 @@ class _Tree:
         except FileNotFoundError:
             return None
 
-    def remove(self, parent: int, name: str, path: str) -> None:
-        """Take away what stands at a name, with everything below it."""
+    def remove(self, parent: int, name: str, path: str) -> bool:
+        """Take away what stands at a name, with everything below it; whether there was something."""
         found = self.existing(parent, name)
         if found is None:
-            return
+            return False
+        if stat.S_ISDIR(found.st_mode) or stat.S_ISLNK(found.st_mode):
+            self.forget(path)
         if stat.S_ISDIR(found.st_mode):
-            self.forget_below(path)
             machine.remove_tree(f"/proc/self/fd/{parent}/{name}")
         else:
             os.unlink(name, dir_fd=parent)
+        return True
 
-    def forget_below(self, path: str) -> None:
-        """Close the directories kept open at and below a path, but for those that lead to it."""
-        for known in [known for known in self._open if known == path or known.startswith(path + "/")]:
-            os.close(self._open.pop(known))
+    def hide(self, folder: str, name: str) -> None:
+        """Remove what lower layers have at a name; what this layer has brought stays, in whatever order it came."""
+        parent, path = self.folder(folder), os.path.join(folder, name)
+        found = self.existing(parent, name)
+        if found and stat.S_ISDIR(found.st_mode) and path in self._made:
+            for inner in os.listdir(self.folder(path)):
+                self.hide(path, inner)
+        elif not self._made.get(path):
+            self.remove(parent, name, path)
 
-    def later(self, path: str, moment: int) -> None:
-        """A directory's time of change is set at the end: each entry made in it changes it."""
-        self._times.append((path, moment))
+    def later(self, path: str, moment: int, acl: bytes | None) -> None:
+        """What a directory gets at the end: each entry made in it changes its time, and would inherit its ACL."""
+        self._times[path] = moment
+        self._acls.pop(path, None)
+        if acl:
+            self._acls[path] = acl
 
-    def set_times(self) -> None:
-        """Set the directories' times, the deepest last seen first."""
-        for path, moment in reversed(self._times):
-            with suppress(FileNotFoundError, NotADirectoryError, KernelError):  # a later entry took its place
-                fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY, self._resolve)
-                os.utime(fd, ns=(moment, moment))
+    def finish(self) -> None:
+        """Give the directories what was put off."""
+        for path in self._acls | self._times:
+            try:
+                fd = syscalls.openat2(self.root, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._resolve)
+            except KernelError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a later entry took its place
+                    raise
+                continue
+            try:
+                if path in self._acls:
+                    os.setxattr(fd, DEFAULT_ACL, self._acls[path])
+                if path in self._times:
+                    os.utime(fd, ns=(self._times[path], self._times[path]))
+            finally:
                 os.close(fd)
+
+
+def _copy_status(source: int, target: int) -> None:
+    """Owner, mode and attributes of one open directory for another, but what overlay has noted there."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith(OVERLAY_ATTRIBUTES):
+            os.setxattr(target, name, os.getxattr(source, name))
 
 
 class _Writer:
     """Makes the entries of one layer in a tree."""
 
-    def __init__(self, tree: _Tree, stream: _Ahead, overlay: bool, devices: Container[Any] | None) -> None:
-        self.tree, self.stream, self.overlay, self.devices = tree, stream, overlay, devices
+    def __init__(self, tree: _Tree, stream: _Ahead, devices: Container[Any] | None) -> None:
+        self.tree, self.stream, self.devices = tree, stream, devices
 
-    def entry(self, member: tarfile.TarInfo) -> None:
-        """Make what one entry says, or raise BadInput before anything of it is made."""
-        path = check_path(member.name)
-        attributes, moment = _attributes(member, path), _mtime(member)
-        folder, name = os.path.split(path)
+    def entries(self, limits: Limits) -> int:
+        """Make every entry; how many they were."""
+        number = size = 0
+        for member, stored in _members(self.stream):
+            number, size = number + 1, size + member.size
+            if number > limits.entries or size > limits.size:
+                rule = f"must not hold more than {limits.entries} entries and {limits.size} bytes"
+                raise _refuse(member.name, rule)
+            try:
+                self.entry(member, stored)
+            except OSError as error:
+                if error.errno is None or isinstance(error, KernelError):
+                    raise
+                raise KernelError("unpack", error.errno, error.filename, member.name) from error
+        return number
+
+    def entry(self, member: tarfile.TarInfo, stored: int) -> None:
+        """Make what one entry says, or raise BadInput before anything of it is made; stored: its bytes in the tar."""
+        one = _checked(member, stored)
+        name = os.path.basename(one.path)
         if name.startswith(WHITEOUT):
-            self._whiteout(folder, name, path)
-            return
-        if member.isdir():
-            self._directory(member, path, attributes, moment)
-            return
-        if path == ".":
+            self._whiteout(one)
+        elif member.isdir():
+            self._directory(one)
+        elif one.path == ".":
             raise _refuse(member.name, "the root of a layer must be a directory")
-        make = self._kind(member, path)
-        parent = self.tree.folder(folder)
-        self.tree.remove(parent, name, path)
-        make(member, parent, name, path)
-        self.tree.note(path, link=member.issym())
-        if not member.islnk():
-            self._finish(parent, name, member, attributes, moment)
+        else:
+            make = self._kind(one)
+            parent = self.tree.folder(os.path.dirname(one.path))
+            self.tree.remove(parent, name, one.path)
+            make(one, parent, name)
+            self.tree.note(one.path, link=member.issym())
+            if not member.islnk():
+                _finish(one, parent, name)
 
-    def _kind(self, member: tarfile.TarInfo, path: str) -> Callable[[tarfile.TarInfo, int, str, str], None]:
+    def _kind(self, one: _Entry) -> Callable[[_Entry, int, str], None]:
+        member = one.member
         if member.isreg():
             return self._file
         if member.issym():
             return self._symlink
         if member.islnk():
-            check_path(member.linkname, "link target")
+            if check_path(member.linkname, "link target") == one.path:
+                raise _refuse(one.path, "a hard link must not be to itself")
             return self._hard_link
         if member.isfifo():
             return self._node
         if member.isdev():
-            _check_device(member, path, self.devices)
+            _check_device(member, one.path, self.devices)
             return self._node
-        raise _refuse(path, f"type {member.type!r} is not one of a layer")
+        raise _refuse(one.path, f"type {member.type!r} is not one of a layer")
 
-    def _whiteout(self, folder: str, name: str, path: str) -> None:
-        if name == OPAQUE:
-            self._opaque(folder)
-            return
-        hidden = _check_whiteout(path)
-        parent, lower = self.tree.folder(folder), os.path.join(folder, hidden)
-        found = self.tree.existing(parent, hidden)
-        if not self.overlay:
-            if found is not None and lower not in self.tree.made:
-                self.tree.remove(parent, hidden, lower)
-        elif found is None:
+    def _whiteout(self, one: _Entry) -> None:
+        """Hide what lower layers have: whiteouts apply to them only, image-spec/layer.md."""
+        folder, name = os.path.split(one.path)
+        hidden = "" if name == OPAQUE else _check_whiteout(one.path)
+        parent = self.tree.folder(folder)
+        if not self.tree.overlay:
+            for lower in [hidden] if hidden else os.listdir(parent):
+                self.tree.hide(folder, lower)
+        elif not hidden:
+            if not folder:
+                raise _refuse(one.path, "overlay has no way to make its root opaque")
+            self.tree.opaque(parent, ".")
+        elif (found := self.tree.existing(parent, hidden)) is None:
             os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
         elif stat.S_ISDIR(found.st_mode):  # the same layer has put a new directory there
-            os.setxattr(f"/proc/self/fd/{parent}/{hidden}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
+            self.tree.opaque(parent, hidden)
 
-    def _opaque(self, folder: str) -> None:
-        """Hide all that lower layers have in a directory."""
-        fd = self.tree.folder(folder)
-        if self.overlay:
-            os.setxattr(fd, OVERLAY_OPAQUE, b"y")
-            return
-        for name in os.listdir(fd):
-            lower = os.path.join(folder, name)
-            if lower not in self.tree.made:
-                self.tree.remove(fd, name, lower)
-
-    def _directory(self, member: tarfile.TarInfo, path: str, attributes: dict[str, bytes], moment: int) -> None:
-        folder, name = os.path.split(path)
-        if path == ".":
-            parent, name = self.tree.root, "."
+    def _directory(self, one: _Entry) -> None:
+        folder, name = os.path.split(one.path)
+        parent = self.tree.folder(folder)
+        found = self.tree.existing(parent, name)
+        if found is None or not stat.S_ISDIR(found.st_mode):
+            self.tree.directory(parent, name, one.path, 0o700)
         else:
-            parent = self.tree.folder(folder)
-            found = self.tree.existing(parent, name)
-            if found is None or not stat.S_ISDIR(found.st_mode):
-                self.tree.remove(parent, name, path)
-                os.mkdir(name, 0o700, dir_fd=parent)
-                if found is not None and stat.S_ISCHR(found.st_mode):  # a whiteout of this layer: hide the lower one
-                    os.setxattr(f"/proc/self/fd/{parent}/{name}", OVERLAY_OPAQUE, b"y", follow_symlinks=False)
-        self.tree.note(path)
-        self._finish(parent, name, member, attributes, moment)
-        self.tree.later(path, moment)
+            _clear(f"/proc/self/fd/{parent}/{name}")
+            self.tree.note(one.path)
+        acl = one.attributes.pop(DEFAULT_ACL, None)
+        _finish(one, parent, name)
+        self.tree.later(one.path, one.moment, acl)
 
-    def _file(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
+    def _file(self, one: _Entry, parent: int, name: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, 0o600, dir_fd=parent)
         try:
-            if member.sparse is not None:
-                self._sparse(member, fd, path)
+            if one.parts is None:
+                self._content(fd, one.member.size)
             else:
-                for piece in self.stream.content(member.size):
-                    _write(fd, piece)
+                os.ftruncate(fd, one.member.size)
+                for offset, size in one.parts:
+                    os.lseek(fd, offset, os.SEEK_SET)
+                    self._content(fd, size)
         finally:
             os.close(fd)
 
-    def _sparse(self, member: tarfile.TarInfo, fd: int, path: str) -> None:
-        stored = member.tarfile.offset - member.offset_data  # type: ignore[attr-defined]
-        parts = _check_sparse(member, path, stored)
-        os.ftruncate(fd, member.size)
-        for offset, size in parts:
-            os.lseek(fd, offset, os.SEEK_SET)
-            for piece in self.stream.content(size):
-                _write(fd, piece)
+    def _content(self, fd: int, size: int) -> None:
+        for piece in self.stream.content(size):
+            while piece:
+                piece = piece[os.write(fd, piece):]  # noqa: PLW2901  what write(2) left
 
-    def _symlink(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        if not member.linkname or "\0" in member.linkname:
-            raise _refuse(path, "a symbolic link must have a target")
-        os.symlink(member.linkname, name, dir_fd=parent)
+    def _symlink(self, one: _Entry, parent: int, name: str) -> None:
+        target = one.member.linkname
+        if not 0 < len(os.fsencode(target)) < 4096 or "\0" in target:
+            raise _refuse(one.path, "a symbolic link must have a target, shorter than 4096 bytes")
+        os.symlink(target, name, dir_fd=parent)
 
-    def _hard_link(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        folder, target = os.path.split(check_path(member.linkname, "link target"))
-        source = self.tree.folder(folder)
-        found = self.tree.existing(source, target)
+    def _hard_link(self, one: _Entry, parent: int, name: str) -> None:
+        folder, target = os.path.split(check_path(one.member.linkname, "link target"))
+        source = self.tree.folder(folder, make=False)
+        found = self.tree.existing(source, target) if target != "." else None
         if found is None or stat.S_ISDIR(found.st_mode) or _is_whiteout(found):
-            raise _refuse(path, f"hard link to {member.linkname!r}, which is no file of the layer")
+            raise _refuse(one.path, f"hard link to {one.member.linkname!r}, which is no file of the layer")
         os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
 
-    def _node(self, member: tarfile.TarInfo, parent: int, name: str, path: str) -> None:
-        kind = stat.S_IFIFO if member.isfifo() else _check_device(member, path, None)
-        number = 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor)
+    def _node(self, one: _Entry, parent: int, name: str) -> None:
+        kind = stat.S_IFIFO if one.member.isfifo() else _kind_of_device(one.member)
+        number = 0 if one.member.isfifo() else os.makedev(one.member.devmajor, one.member.devminor)
         os.mknod(name, kind | 0o600, number, dir_fd=parent)
 
-    def _finish(self, parent: int, name: str, member: tarfile.TarInfo, attributes: dict[str, bytes],
-                moment: int) -> None:
-        """Owner, mode, attributes, times, in this order: a change of owner clears set-user-ID, chown(2)."""
-        os.chown(name, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
-        if not member.issym():
-            os.chmod(name, member.mode & 0o7777, dir_fd=parent)
-        for attribute, value in attributes.items():
-            os.setxattr(f"/proc/self/fd/{parent}/{name}", attribute, value, follow_symlinks=False)
-        os.utime(name, ns=(moment, moment), dir_fd=parent, follow_symlinks=False)
+
+def _finish(one: _Entry, parent: int, name: str) -> None:
+    """Owner, mode, attributes, times, in this order: a change of owner clears set-user-ID, chown(2)."""
+    os.chown(name, one.member.uid, one.member.gid, dir_fd=parent, follow_symlinks=False)
+    if not one.member.issym():
+        os.chmod(name, one.member.mode & 0o7777, dir_fd=parent)
+    for attribute, value in one.attributes.items():
+        os.setxattr(f"/proc/self/fd/{parent}/{name}", attribute, value, follow_symlinks=False)
+    os.utime(name, ns=(one.moment, one.moment), dir_fd=parent, follow_symlinks=False)
+
+
+def _clear(place: str) -> None:
+    """A directory shows the attributes of the last entry that says it, and no others but overlay's own."""
+    for attribute in os.listxattr(place, follow_symlinks=False):
+        if not attribute.startswith(OVERLAY_ATTRIBUTES):
+            os.removexattr(place, attribute, follow_symlinks=False)
 
 
 def _is_whiteout(status: os.stat_result) -> bool:
@@ -549,42 +733,33 @@ def _is_whiteout(status: os.stat_result) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
-def _write(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data):]
-
-
 def unpack(source: BinaryIO, target: str, *, whiteouts: Literal["overlay", "apply"] = "overlay",
-           limits: Limits = Limits(), devices: Container[tuple[int, int, int]] | None = DEVICES) -> Unpacked:
+           limits: Limits = LIMITS, devices: Container[tuple[int, int, int]] | None = DEVICES,
+           lower: Sequence[str] = ()) -> Unpacked:
     """Unpack one layer, plain, gzip or zstd, into an existing directory.
 
     whiteouts: "overlay" makes a directory that overlay mounts as one layer (the directory should be empty);
     "apply" puts the layer onto the tree that is there and removes what it hides.  devices: the device nodes
-    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.
+    a layer may bring, as (stat.S_IFCHR or S_IFBLK, major, minor); None allows every one.  lower: with "overlay",
+    the directories of the layers below, the uppermost first: a directory that the tar has entries in, but does
+    not list, gets owner, mode, attributes and time from there.
 
-    Raises BadInput with the entry's name and the rule for what is refused; what came before it in the tar
-    has been made by then: give a directory that can be thrown away (image.unpack does).
+    Raises BadInput with the entry's name and the rule for what is refused, KernelError with the entry's name for
+    what the kernel refuses; what came before it in the tar has been made by then: give a directory that can be
+    thrown away (image.unpack does).
     """
     with ExitStack() as undo:
         stream = undo.enter_context(closing(_Ahead(source, limits.size)))
-        tree = undo.enter_context(closing(_Tree(target, follow=whiteouts == "apply")))
-        writer, entries, size = _Writer(tree, stream, whiteouts == "overlay", devices), 0, 0
+        tree = undo.enter_context(closing(_Tree(target, whiteouts == "overlay", lower)))
         try:
-            for member in _members(stream):
-                entries, size = entries + 1, size + member.size
-                if entries > limits.entries or size > limits.size:
-                    raise BadInput("layer", member.name, f"must not hold more than {limits.entries} entries "
-                                   f"and {limits.size} bytes")
-                writer.entry(member)
+            number = _Writer(tree, stream, devices).entries(limits)
             stream.drain()
+        except BadInput:
+            raise
         except BROKEN as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput("layer", type(error).__name__, f"must be a tar archive, plain, gzip or zstd: {error}") from error
-        tree.set_times()
-        raw = stream.raw
-        return Unpacked(f"sha256:{raw.sha256.hexdigest()}", raw.size, f"sha256:{stream.sha256.hexdigest()}",
-                        entries, stream.tell())
+            raise _no_tar(error) from error
+        tree.finish()
+        return _account(stream, number)
 
 
 # The way back: a directory becomes a tar.
@@ -651,11 +826,13 @@ def _entries(upper: str, path: str, status: os.stat_result, seen: dict[tuple[int
     member = _member(path, status, epoch, stat.S_IFMT(status.st_mode))
     if stat.S_ISLNK(status.st_mode):
         member.linkname = os.readlink(os.path.join(upper, path))
-    if status.st_nlink > 1 and not member.isdir() and (first := seen.setdefault((status.st_dev, status.st_ino), path)) != path:
+    first = seen.setdefault((status.st_dev, status.st_ino), path) if status.st_nlink > 1 else path
+    if first != path and not member.isdir():
         member.type, member.linkname, member.size = tarfile.LNKTYPE, first, 0
     else:
         opaque = attributes.pop(OVERLAY_OPAQUE, b"") == b"y"
-        member.pax_headers |= {XATTR + key: value.decode("utf-8", "surrogateescape") for key, value in attributes.items()}
+        own = {XATTR + key: value.decode("utf-8", "surrogateescape") for key, value in attributes.items()}
+        member.pax_headers = {**member.pax_headers, **own}
         if opaque:
             yield member
             member = _member(os.path.join(path, OPAQUE), status, epoch, stat.S_IFREG)
@@ -664,8 +841,9 @@ def _entries(upper: str, path: str, status: os.stat_result, seen: dict[tuple[int
 
 def _overlay_free(place: str, path: str) -> dict[str, bytes]:
     """Its extended attributes, of overlay's own only the one that a tar can say."""
-    found = {name: os.getxattr(place, name, follow_symlinks=False) for name in os.listxattr(place, follow_symlinks=False)}
-    for name in list(found):
+    names = os.listxattr(place, follow_symlinks=False)
+    found = {name: os.getxattr(place, name, follow_symlinks=False) for name in names}
+    for name in names:
         if name.startswith(OVERLAY_ATTRIBUTES) and name != OVERLAY_OPAQUE:
             if name.endswith((".redirect", ".metacopy")):
                 raise BadInput("upper", path, f"{name}: what it stands for is in a lower layer")
@@ -686,10 +864,8 @@ def _member(path: str, status: os.stat_result, epoch: int | None, kind: int) -> 
         member.size = status.st_size
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
-    seconds, rest = divmod(status.st_mtime_ns, 10**9)
-    if epoch is not None and seconds >= epoch:
-        seconds, rest = epoch, 0
-    member.mtime = seconds
-    if rest:
-        member.pax_headers = {"mtime": f"{seconds}.{rest:09d}"}
+    moment = status.st_mtime_ns if epoch is None else min(status.st_mtime_ns, epoch * 10**9)
+    member.mtime = moment // 10**9
+    if moment % 10**9:
+        member.pax_headers = {"mtime": f"{Decimal(moment).scaleb(-9):f}"}
     return member

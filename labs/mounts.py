@@ -118,7 +118,7 @@ def overlay(lower: Sequence[str], upper: str | None, work: str | None, target: s
 def overlay_tree(lower: Sequence[str], upper: str, work: str) -> int:
     """A detached overlay mount (for syscalls.move_mount) of any number of layers, uppermost first, volatile.
 
-    Each layer is an option of its own, "lowerdir+" (Linux 6.5), so no page has to hold them all: fsconfig(2).
+    Each layer is an option of its own, "lowerdir+" (Linux 6.8), so no page has to hold them all: fsconfig(2).
     """
     context = syscalls.fsopen("overlay")
     try:

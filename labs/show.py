@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 import re
 import string
 import xml.etree.ElementTree as ET
@@ -152,6 +153,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
     return Picture("\n".join([title, *lines]), markup)
+
+
+def graph(
+    title: str, boxes: Mapping[str, Sequence[str]], arrows: Sequence[tuple[str, str]], *, rankdir: str = "LR"
+) -> Picture:
+    """Draw boxes with arrows between them, for what is no tree: two may lead to the same one.
+
+    Args:
+        title: what it shows; the first line of its words.
+        boxes: key → lines of text, in the order in which they are drawn.
+        arrows: (from, to), by key.
+        rankdir: LR from left to right, TB from top to bottom.
+    """
+    drawing, names = _digraph(rankdir), {key: f"n{number}" for number, key in enumerate(boxes)}
+    for key, lines in boxes.items():
+        drawing.node(names[key], "\n".join(map(_escape, lines)), style="rounded")
+    for start, end in arrows:
+        drawing.edge(names[start], names[end])
+    said = {key: ", ".join(lines) for key, lines in boxes.items()}
+    alt = "\n".join([title, *(f"{said[start]} → {said[end]}" for start, end in arrows)])
+    return Picture(alt, _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt))
 
 
 def plot(
@@ -374,17 +396,21 @@ def _outline(node: Node, first: str = "", rest: str = "") -> Iterator[str]:
 
 
 def _dot(root: Node, rankdir: str) -> str:
+    drawing = _digraph(rankdir)
+    _place(drawing, root, count())
+    return str(drawing.pipe(format="svg", encoding="utf-8"))
+
+
+def _digraph(rankdir: str) -> Any:
     # Not at the top of the module: most cells draw nothing, and this would make the first one slower.
     import graphviz
 
     look = {"fontname": "sans-serif", "fontsize": "12"}
-    graph = graphviz.Digraph(
+    return graphviz.Digraph(
         graph_attr={"rankdir": rankdir, "bgcolor": "transparent", "nodesep": "0.2", "ranksep": "0.35", **look},
         node_attr={"shape": "box", "height": "0.3", "margin": "0.12,0.06", **look},
         edge_attr={"arrowsize": "0.6"},
     )
-    _place(graph, root, count())
-    return str(graph.pipe(format="svg", encoding="utf-8"))
 
 
 def _place(graph: Any, node: Node, numbers: Iterator[int]) -> str:
@@ -426,6 +452,8 @@ def _svg(source: str, alt: str) -> str:
 
 
 def _figure(draw: Callable[[Any], None], x: str, y: str, alt: str, height: float = 3.2) -> Picture:
+    # A slow machine would print that its font cache takes time, and be another page than a quick one.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     # Not at the top of the module: matplotlib alone takes seconds on an emulated machine.
     from matplotlib.figure import Figure
 

@@ -134,6 +134,8 @@ def test_another_escape_character():
     (env,) = found.stages[0].instructions
     assert (found.escape, env.words) == ("`", ("a=b` c", "d=\\x"))
     assert [dockerfile.expand(word, {}, found.escape) for word in env.words] == ["a=b c", "d=\\x"]
+    found = dockerfile.parse("# escape=`\nFROM a\nCOPY --from=b`'c\\d e f\n")
+    assert found.stages[0].instructions[0].flags == {"from": "b'c\\d"}
 
 
 @pytest.mark.parametrize("before", ["# a comment\n", "\n", "# other=x\n", "FROM x\n"])
@@ -474,6 +476,10 @@ def test_a_run_that_is_only_a_here_document_is_the_script():
     assert dockerfile.command(one("RUN <<-E\n\techo a\n\tE")) == "echo a\n"
     assert dockerfile.command(one("RUN <<'E'\n#!/bin/x\nE")) == "#!/bin/x\n"
     assert dockerfile.command(one("RUN 'quoted'")) == "'quoted'"
+
+
+def test_values_may_follow_each_other_as_often_as_wanted():
+    assert dockerfile.expand("${u:-a}" * 200 + "${u:-" * 50 + "}" * 50, {}) == "a" * 200
 
 
 def test_words_split_where_nothing_is_quoted():

@@ -108,6 +108,14 @@ def test_table_escapes_what_it_shows():
     assert "a&amp;b" in picture.html
 
 
+def test_graph_joins_at_one_box():
+    boxes = {"a": ["top"], "b": ["left"], "c": ["right"], "d": ["end", "x\\ny"]}
+    picture = show.graph("Graph", boxes, [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")])
+    assert picture.alt.splitlines() == ["Graph", "top → left", "top → right", "left → end, x\\ny", "right → end, x\\ny"]
+    words = [text.text for text in markup(picture).iter(f"{SVG}text")]
+    assert sorted(words) == ["end", "left", "right", "top", "x\\ny"]
+
+
 def cgroup(path, procs="", **files):
     path.mkdir()
     (path / "cgroup.procs").write_text(procs)
