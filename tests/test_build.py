@@ -105,7 +105,8 @@ HEALTHCHECK NONE
 def context(folder):
     """The files that the Dockerfiles above copy."""
     for name, text in {"a.txt": "a\n", "b.txt": "b\n", "x.log": "x\n", "y.log": "y\n",
-                       "src/run": "#!/bin/sh\necho run\n", "src/sub/deep": "deep\n", "logs/a.txt": "la\n", "logs/b.txt": "lb\n", "logs/c.txt": "lc\n",
+                       "src/run": "#!/bin/sh\necho run\n", "src/sub/deep": "deep\n",
+                       "logs/a.txt": "la\n", "logs/b.txt": "lb\n", "logs/c.txt": "lc\n",
                        "secret/key": "k\n", "secret/readme": "r\n", "node/x/y/z.o": "o\n", "node/x/keep": "k\n",
                        ".dockerignore": "# a comment\nsecret\n!secret/readme\n**/*.o\n*.tar*\n!archive*\nDockerfile*\n",
                        "other.tar": "no\n"}.items():
