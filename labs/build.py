@@ -87,7 +87,7 @@ def build(context: str, layout: image.Layout, name: str, *, dockerfile: str = "D
         folder = tempfile.mkdtemp(prefix=f"{machine.PREFIX}build-", dir=machine.DATA)
         undo.callback(machine.remove_tree, folder)
         tree = undo.enter_context(build_copy.context(context, _ignore(context, dockerfile)))
-        options = Options(bases or layout, dict(args or {}), dict(secrets or {}), timeout, progress)
+        options = Asked(bases or layout, dict(args or {}), dict(secrets or {}), timeout, progress)
         builder = _Builder(tree, Store(layout, folder, epoch, cache), dockerfile, options)
         return builder.finish(name, target)
 
@@ -101,7 +101,7 @@ def _ignore(context: str, file: str) -> str:
     return ""
 
 
-class Options(NamedTuple):
+class Asked(NamedTuple):
     """What build() was asked for."""
 
     bases: image.Layout
@@ -114,7 +114,7 @@ class Options(NamedTuple):
 class _Builder:
     """One build: its Dockerfile, the stages that were built so far, the steps that were taken."""
 
-    def __init__(self, tree: Tree, store: Store, file: str, options: Options) -> None:
+    def __init__(self, tree: Tree, store: Store, file: str, options: Asked) -> None:
         self.tree, self.store, self.path, self.options = tree, store, file, options
         with opened(tree.open(file, os.O_RDONLY)) as fd, open(fd, encoding="utf-8", closefd=False) as text:
             self.file = dockerfile.parse(text.read(), file)
