@@ -109,7 +109,7 @@ class Stage(NamedTuple):
 
 
 class Dockerfile(NamedTuple):
-    """``args``: the ARGs before the first FROM.  ``escape``: what expand() and words() need, a backslash or a backtick."""
+    """``args``: the ARGs before the first FROM.  ``escape``: what expand() and words() need, a backslash or not."""
 
     args: tuple[Instruction, ...]
     stages: tuple[Stage, ...]
