@@ -19,6 +19,7 @@ from labs.errors import BadInput
 
 LAB = image.Layout("/opt/labs/images")
 EPOCH = 1_700_000_000
+RUNTIME = str(Path(__file__).resolve().parent.parent / "bin" / "labs-runtime")
 
 FILES = """
 ARG BASE
@@ -290,7 +291,7 @@ CMD ["cat /word; pwd; echo $MORE; id -u"]
 """
 
 
-@pytest.mark.parametrize("engine", [["docker"], ["podman"], ["podman", "--runtime=/lab/bin/labs-runtime"]],
+@pytest.mark.parametrize("engine", [["docker"], ["podman"], ["podman", f"--runtime={RUNTIME}"]],
                          ids=["docker", "podman", "labs-runtime"])
 def test_an_image_runs_under(place, engine):
     built(place, RUNS)
