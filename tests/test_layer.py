@@ -501,7 +501,8 @@ def plant(place, tree, seen):
         os.link(seen[0], place)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=st.dictionaries(NAMES, TREES, max_size=5))
 def test_any_tree_goes_there_and_back(tree, tmp_path_factory):
     base = tmp_path_factory.mktemp("any")

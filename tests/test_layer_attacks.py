@@ -463,7 +463,8 @@ ENTRIES = st.builds(lambda kind, name, target, content: entry(
     name, content if kind == tarfile.REGTYPE else b"", kind=kind, linkname=target, devmajor=1, devminor=3),
     KINDS, PATHS, PATHS, st.binary(max_size=20))
 LISTED = (errors.BadInput, errors.KernelError)
-BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=100, deadline=None, derandomize=True, database=None,
+                   suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @BOUNDED
