@@ -19,6 +19,7 @@ from labs.errors import BadInput
 
 LAB = image.Layout("/opt/labs/images")
 EPOCH = 1_700_000_000
+RUNTIME = str(Path(__file__).resolve().parent.parent / "bin" / "labs-runtime")
 
 FILES = """
 ARG BASE
@@ -249,6 +250,58 @@ def test_settings_as_buildah_writes_them(place, buildah, text):
     if "SHELL" in text:
         theirs["Cmd"] = ["/bin/busybox", "ash", "-c", "echo $A"]  # buildah gives CMD to /bin/sh, whatever SHELL says
     assert settings_of(made.image.run) == theirs
+
+
+@pytest.fixture
+def docker(place):
+    """`docker build`; what it built as a layout, and its configuration."""
+
+    def run(target=None):
+        out("docker", "build", "--quiet", "--build-arg=BASE=busybox:lab", "--tag=labs-made", "--network=none",
+            *([f"--target={target}"] if target else []), place / "context")
+        out("skopeo", "copy", "docker-daemon:labs-made:latest", f"oci:{place}/docker:made")
+        return json.loads(out("docker", "image", "inspect", "labs-made"))[0]["Config"]
+
+    yield run
+    out("docker", "image", "rm", "--force", "labs-made")
+
+
+@pytest.mark.parametrize(("text", "target"), [(FILES, "build"), (FILES, None), (SCRIPTS, None)],
+                         ids=["files", "from stages", "here-documents"])
+def test_layers_as_docker_makes_them(place, docker, text, target):
+    context(place / "context")
+    built(place, text, args={"BASE": "busybox"}, target=target)
+    docker(target)
+    assert comparable(entries(place / "labs", "made")) == comparable(entries(place / "docker", "made"))
+
+
+@pytest.mark.parametrize("text", [SETTINGS, ENTRY], ids=["settings", "entrypoint"])
+def test_settings_as_docker_writes_them(place, docker, text):
+    made = built(place, text, args={"BASE": "busybox"})
+    assert settings_of(made.image.run) == settings_of(docker())
+
+
+RUNS = """FROM busybox
+RUN echo built > /word && adduser -D ann 2>/dev/null || echo 'ann:x:100:100::/:/bin/sh' >> /etc/passwd
+WORKDIR /there
+ENV MORE=more
+USER ann
+ENTRYPOINT ["sh", "-c"]
+CMD ["cat /word; pwd; echo $MORE; id -u"]
+"""
+
+
+@pytest.mark.parametrize("engine", [["docker"], ["podman"], ["podman", f"--runtime={RUNTIME}"]],
+                         ids=["docker", "podman", "labs-runtime"])
+def test_an_image_runs_under(place, engine):
+    built(place, RUNS)
+    to = "docker-daemon:labs-made:lab" if engine == ["docker"] else "containers-storage:localhost/labs-made:lab"
+    out("skopeo", "copy", f"oci:{place}/labs:made", to)
+    try:
+        said = out(*engine, "run", "--rm", "--network=none", "labs-made:lab").split()
+    finally:
+        out(engine[0], "image", "rm", "--force", "labs-made:lab")
+    assert said == ["built", "/there", "more", "100"]
 
 
 # Keys and the cache
