@@ -209,7 +209,7 @@ def comparable(layers):
 @pytest.fixture
 def buildah(place):
     """buildah with a store of its own; what it built, as a layout."""
-    store = ["buildah", "--storage-driver=vfs", f"--root={place}/root", f"--runroot={place}/run"]
+    store = ["buildah", "--storage-driver=overlay", f"--root={place}/root", f"--runroot={place}/run"]
 
     def run(target=None):
         out(*store, "build", "--isolation=chroot", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", "--layers",
