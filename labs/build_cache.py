@@ -103,16 +103,11 @@ class Store:
         os.rename(fresh, self._place(key))
 
     def directories(self, layers: Stack, layout: image.Layout | None = None) -> list[str]:
-        """Layers as directories, lowest first, unpacked for this build when they are first needed.
-
-        Of equal layers (two that are empty, say) only the uppermost: overlay takes no directory twice, and whatever
-        the lower one has or hides, the upper one has or hides as well.
-        """
+        """Layers as directories, lowest first, unpacked for this build when they are first needed."""
         settings = {"rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]}}
         no_blob = image.Descriptor(image.CONFIG, "", 0)
         whole = image.Image(no_blob, no_blob, tuple(blob for blob, _ in layers), settings)
-        found = image.unpack_layers(layout or self.layout, whole, f"{self.folder}/layers")
-        return list(dict.fromkeys(reversed(found)))[::-1]
+        return image.unpack_layers(layout or self.layout, whole, f"{self.folder}/layers")
 
     @contextmanager
     def root(self, layers: Stack, layout: image.Layout | None = None) -> Iterator[Root]:

@@ -122,12 +122,14 @@ def context(folder):
     (archived / "in").mkdir(parents=True)
     (archived / "in/file").write_text("in\n")
     os.chown(archived / "in/file", 12, 34)
+    for path in (archived / "in/file", archived / "in"):
+        os.utime(path, (EPOCH + 100, EPOCH + 100))
     with tarfile.open(folder / "archive.tar", "w") as tar:
         tar.add(archived / "in", "in")
     subprocess.run(["zstd", "-q", folder / "archive.tar"], check=True)
-    subprocess.run(["gzip", folder / "archive.tar"], check=True)
+    subprocess.run(["gzip", "-n", folder / "archive.tar"], check=True)
     (folder / "plain").write_text("plain\n")
-    subprocess.run(["gzip", folder / "plain"], check=True)
+    subprocess.run(["gzip", "-n", folder / "plain"], check=True)
     for folder_, _, names in os.walk(folder):
         for name in [".", *names]:
             os.utime(Path(folder_, name), (EPOCH + 100, EPOCH + 100), follow_symlinks=False)
@@ -206,10 +208,18 @@ def comparable(layers):
         if path not in ON_THE_WAY | WORKDIRS | MOUNT_POINTS | KEPT_OWNERS and not OPAQUE.fullmatch(path)})]
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """buildah with a store of its own; a stage built for one test is in its cache for the next."""
+    folder = tmp_path_factory.mktemp("buildah")
+    command = ["buildah", "--storage-driver=overlay", f"--root={folder}/root", f"--runroot={folder}/run"]
+    yield command
+    out(*command, "rmi", "--all", "--force")
+
+
 @pytest.fixture
-def buildah(place):
-    """buildah with a store of its own; what it built, as a layout."""
-    store = ["buildah", "--storage-driver=overlay", f"--root={place}/root", f"--runroot={place}/run"]
+def buildah(place, store):
+    """`buildah build`; what it built as a layout, and its configuration."""
 
     def run(target=None):
         out(*store, "build", "--isolation=chroot", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", "--layers",
@@ -219,8 +229,7 @@ def buildah(place):
         out(*store, "push", "--format=oci", "made", f"oci:{place}/buildah:made")
         return config
 
-    yield run
-    out(*store, "rmi", "--all", "--force")
+    return run
 
 
 @pytest.mark.parametrize("target", ["build", None])
@@ -273,6 +282,11 @@ def test_an_image_runs_under(place, engine):
     finally:
         out(engine[0], "image", "rm", "--force", "labs-made:lab")
     assert said == ["built", "/there", "more", "100"]
+
+
+def test_here_documents_of_run(place):
+    built(place, SCRIPTS, args={"BASE": "busybox"})
+    assert [set(layer) for layer in entries(place / "labs", "made")[1:]] == [{"one", "two"}, {"script"}]
 
 
 # Keys and the cache

@@ -282,6 +282,13 @@ def test_layers_that_are_there_are_used_again(tmp_path):
     assert os.listdir(tmp_path) == [os.path.basename(first[0])]
 
 
+def test_equal_layers_of_one_image_are_directories_of_their_own(layout, disk):
+    empty = tar()
+    layers = image.unpack_layers(layout, add(layout, tar(("file", b"x")), empty, empty, empty), str(disk / "layers"))
+    with stacked(disk, layers) as merged:
+        assert os.listdir(merged) == ["file"]
+
+
 # The same names as everybody else's
 
 
