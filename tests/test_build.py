@@ -1,4 +1,4 @@
-"""labs.build: the same Dockerfiles through buildah, layer by layer; keys, secrets, times, errors.
+"""labs.build: the same Dockerfiles through buildah and `docker build`, layer by layer; keys, secrets, times, errors.
 
 The tests named docker or podman need the daemons of the lab machine; the others run wherever the lab's images are.
 """
@@ -259,6 +259,42 @@ def test_settings_as_buildah_writes_them(place, buildah, text):
     if "SHELL" in text:
         theirs["Cmd"] = ["/bin/busybox", "ash", "-c", "echo $A"]  # buildah gives CMD to /bin/sh, whatever SHELL says
     assert settings_of(made.image.run) == theirs
+
+
+@pytest.fixture
+def docker(place):
+    """`docker build`; what it built as a layout, and its configuration."""
+
+    def run(target=None):
+        out("docker", "build", "--quiet", "--build-arg=BASE=busybox:lab", "--tag=labs-made", "--network=none",
+            *([f"--target={target}"] if target else []), place / "context")
+        out("skopeo", "copy", "docker-daemon:labs-made:latest", f"oci:{place}/docker:made")
+        return json.loads(out("docker", "image", "inspect", "labs-made"))[0]["Config"]
+
+    yield run
+    out("docker", "image", "rm", "--force", "labs-made")
+
+
+@pytest.mark.parametrize(("text", "target"), [(FILES, "build"), (FILES, None), (SCRIPTS, None)],
+                         ids=["files", "from stages", "here-documents"])
+def test_layers_as_docker_makes_them(place, docker, text, target):
+    context(place / "context")
+    built(place, text, args={"BASE": "busybox"}, target=target)
+    docker(target)
+    mine, theirs = comparable(entries(place / "labs", "made")), comparable(entries(place / "docker", "made"))
+    assert mine == [{path: _whiteout_without_mode(path, entry) for path, entry in one.items()} for one in theirs]
+
+
+def _whiteout_without_mode(path, entry):
+    """Docker's whiteouts have mode 600; ours and buildah's the 0 of overlay's own, which no reader looks at."""
+    kind, mode, *rest = entry
+    return (kind, "0o0", *rest) if os.path.basename(path).startswith(".wh.") and mode == "0o600" else entry
+
+
+@pytest.mark.parametrize("text", [SETTINGS, ENTRY], ids=["settings", "entrypoint"])
+def test_settings_as_docker_writes_them(place, docker, text):
+    made = built(place, text, args={"BASE": "busybox"})
+    assert settings_of(made.image.run) == settings_of(docker())
 
 
 RUNS = """FROM busybox
