@@ -14,6 +14,8 @@ from vm import front
 from vm.image import REPO
 from vm.qemu import free_port
 
+BENCHMARKS = sorted(p.stem for p in (REPO / "bench").glob("[a-z]*.py") if p.stem != "table")
+
 
 def lab(*args, cwd=REPO, **env):
     return subprocess.run(
@@ -44,7 +46,7 @@ def test_help_lists_every_verb_with_an_example():
         (["up", "now"], {}, 1, "lab: up: now: takes no arguments"),
         (["test", "tests/none.py"], {}, 1, f"lab: tests/none.py: no such file or directory in {REPO}"),
         (["record", "book/none.ipynb"], {}, 1, f"lab: book/none.ipynb: no such file or directory in {REPO}"),
-        (["bench", "none"], {}, 1, "lab: bench: none: no such benchmark; there are: container, oci"),
+        (["bench", "none"], {}, 1, f"lab: bench: none: no such benchmark; there are: {', '.join(BENCHMARKS)}"),
         (["bench", "--json"], {}, 1, "lab: bench: --json: a file name must follow"),
         (["clean", "--most"], {}, 1, "lab: clean: --most: takes nothing or --all"),
     ],
