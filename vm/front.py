@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import platform
 import shlex
@@ -14,131 +12,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from vm import labvm, qemu, vagrant
+from vm import labvm, qemu, suite, vagrant
+from vm.guest import GUEST_PYTHON, GUEST_REPO, UP, Guest, backend, fresh_guest, running_guest
 from vm.image import CACHE, NEED_DISK, NEED_MEMORY, REPO, as_root, key, memory_available
 from vm.labvm import RUN
+from vm.site import SITE, build_site
 from vm.steps import LabError, run, step
-
-GUEST_REPO = "/lab"
-GUEST_PYTHON = "/opt/labs/venv/bin/python"
-SITE = REPO / "book/_build/html"
-HOST_TESTS = ("tests/lint", "tests/site", "tests/vm")
-LEFT_OUT = (
-    ".git",
-    ".lab",
-    "_build",
-    "__pycache__",
-    ".ipynb_checkpoints",
-    "node_modules",
-    ".mypy_cache",
-    ".ruff_cache",
-    ".pytest_cache",
-)
-UP = "up"
-
-
-class Guest(NamedTuple):
-    """A running lab machine, whatever runs it: the ssh command line that reaches its root shell."""
-
-    ssh: list[str]
-
-    def call(self, command: str, terminal: bool = False) -> int:
-        """Run a shell command in the guest with our own input and output; return its exit status."""
-        return subprocess.run([*self.ssh[:-1], *(["-t"] if terminal else []), self.ssh[-1], command]).returncode
-
-    def push(self) -> None:
-        """Copy this clone to the guest's /lab, replacing what was there."""
-        excludes = [f"--exclude={name}" for name in LEFT_OUT]
-        pack = ["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", "-", "."]
-        unpack = f"mkdir -p {GUEST_REPO} && cd {GUEST_REPO} && find . -mindepth 1 -delete && tar -xf - && touch .pushed"
-        with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
-            status = subprocess.run([*self.ssh, unpack], stdin=tar.stdout).returncode
-        if tar.returncode or status:
-            raise LabError("the repository could not be copied into the lab machine")
-
-    def pull(self, command: str, target: Path) -> list[str]:
-        """Unpack what a guest command writes as a tar stream (run in /lab) below `target`; return the names."""
-        data = subprocess.run([*self.ssh, f"cd {GUEST_REPO} && {command}"], stdout=subprocess.PIPE, check=True).stdout
-        target.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            ["tar", "-C", str(target), "-xvf", "-", "--no-same-owner"], input=data, capture_output=True
-        )
-        if done.returncode:
-            raise LabError(f"the lab machine's files could not be unpacked: {done.stderr.decode().strip()}")
-        return done.stdout.decode().split()
-
-
-# ── the host's own Python ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def environment(*lists: str) -> Path:
-    """Return the bin directory of a virtual environment with these requirement files, made where there is none yet."""
-    texts = b"".join((REPO / name).read_bytes() for name in (*lists, "constraints.txt"))
-    digest = hashlib.sha256(texts + sys.version.encode()).hexdigest()[:12]
-    place = CACHE / f"venv-{digest}"
-    if not (place / "complete").exists():
-        with step("Python environment of this machine"):
-            shutil.rmtree(place, ignore_errors=True)
-            log = RUN / "venv.log"
-            run([sys.executable, "-m", "venv", place], log)
-            wanted: list[str | Path] = [f"--requirement={REPO / name}" for name in lists]
-            run([place / "bin/python", "-m", "pip", "install", "--quiet", *wanted], log)
-            (place / "complete").touch()
-    return place / "bin"
-
-
-def build_site() -> None:
-    """Build the site strictly: any warning is an error."""
-    bin_ = environment("requirements.txt")
-    with step("the site, strictly"):
-        env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'book/_ext'}"}
-        strictly = ["-W", "-n", "--keep-going", "--path-output", str(REPO / "book")]
-        log = RUN / "site.log"
-        log.unlink(missing_ok=True)
-        shutil.rmtree(SITE.parent, ignore_errors=True)  # pages of an older book would stay
-        run([bin_ / "jupyter-book", "build", *strictly, REPO / "book"], log, env=env)
-
-
-# ── machines ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def backend() -> str:
-    """Return LAB_BACKEND; `./lab` has checked it."""
-    return os.environ.get("LAB_BACKEND", "qemu")
-
-
-@contextlib.contextmanager
-def fresh_guest(name: str) -> Iterator[Guest]:
-    """A lab machine for one job with this clone in it; ended afterwards (Vagrant's one machine is left as it was)."""
-    if backend() == "vagrant":
-        yield _guest(vagrant.start())
-        return
-    name = f"{name}-{os.getpid()}"
-    try:
-        guest = Guest(labvm.start(name, {}).ssh())
-        with step("the book into the machine"):
-            guest.push()
-        yield guest
-    finally:
-        labvm.stop(name)
-
-
-def _guest(ssh_config: Path) -> Guest:
-    return Guest(["ssh", "-F", str(ssh_config), "lab"])
-
-
-def running_guest() -> Guest | None:
-    """Return the machine that `up` started, or None."""
-    if backend() == "vagrant":
-        config = vagrant.running()
-        return _guest(config) if config else None
-    vm = labvm.machine(UP)
-    return Guest(vm.ssh()) if vm else None
-
 
 # ── the verbs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,7 +54,7 @@ def up(args: Sequence[str]) -> int:
 def _start_up(jupyter: int) -> Guest:
     (RUN / "ports").unlink(missing_ok=True)
     if backend() == "vagrant":
-        return _guest(vagrant.start())
+        return Guest.by_config(vagrant.start())
     guest = Guest(labvm.start(UP, {jupyter: 8888}).ssh())
     with step("the book into the machine"):
         guest.push()
@@ -242,35 +124,9 @@ def down(args: Sequence[str]) -> int:
 
 
 def test(paths: Sequence[str]) -> int:
-    """Every test, or only those of `paths`; each on the machine it belongs to. Ends in pytest's own closing line."""
+    """Every test, or only those of `paths`; each on the machine it belongs to."""
     _require_paths(paths)
-    began = time.monotonic()
-    on_host = [p for p in paths if p.startswith(HOST_TESTS)] if paths else list(HOST_TESTS)
-    in_guest = [p for p in paths if not p.startswith(HOST_TESTS)] if paths else ["tests", "book"]
-    status = 0
-    if on_host:
-        bin_ = environment("requirements.txt", "tests/requirements.txt")
-        if any(p.startswith("tests/site") for p in on_host):
-            build_site()
-        print(f"▸ on this machine: pytest {' '.join(on_host)}", flush=True)
-        env = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "LAB_CACHE": str(CACHE)}
-        env.setdefault("LAB_PROSE_CACHE", str(CACHE / "prose"))
-        status = subprocess.run(
-            [bin_ / "python", "-m", "pytest", "--durations=5", *on_host], cwd=REPO, env=env
-        ).returncode
-        print(f"  {time.monotonic() - began:.0f} s so far", flush=True)
-    if in_guest:
-        with fresh_guest("test") as guest:
-            print(f"▸ in the lab machine: pytest {' '.join(in_guest)}", flush=True)
-            status = guest.call(_guest_pytest(in_guest)) or status
-    print(f"  {time.monotonic() - began:.0f} s in all; exit status {status}", flush=True)
-    return status
-
-
-def _guest_pytest(paths: Sequence[str]) -> str:
-    left_out = " ".join(f"--ignore={path}" for path in HOST_TESTS)
-    book = "--nbval --nbval-current-env --nbval-sanitize-with book/nbval-sanitize.cfg --nbval-cell-timeout 600"
-    return f"cd {GUEST_REPO} && {GUEST_PYTHON} -m pytest --durations=15 {left_out} {book} {shlex.join(paths)}"
+    return suite.test(paths)
 
 
 def book(args: Sequence[str]) -> int:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+MOVING = True  # a line that moves while a step runs; two steps at once cannot share a terminal's line
+
 
 class LabError(Exception):
     """Ends `./lab` with one clear line and exit status 1."""
@@ -21,7 +23,7 @@ def step(name: str) -> Iterator[None]:
     start = time.monotonic()
     done = threading.Event()
     moving = threading.Thread(target=_spin, args=(name, start, done), daemon=True)
-    if sys.stdout.isatty():
+    if MOVING and sys.stdout.isatty():
         moving.start()
     mark = "✗"
     try:

@@ -11,6 +11,7 @@ import urllib.request
 import pytest
 
 from vm import front
+from vm.guest import LEFT_OUT
 from vm.image import REPO
 from vm.qemu import free_port
 
@@ -75,7 +76,7 @@ def test_without_root_sudo_or_a_package_it_says_what_is_missing(tmp_path):
 def clone(tmp_path_factory):
     """A fresh clone with its own state, whatever lab runs in this one."""
     place = tmp_path_factory.mktemp("clone") / "book with a space"
-    shutil.copytree(REPO, place, ignore=shutil.ignore_patterns(*front.LEFT_OUT))
+    shutil.copytree(REPO, place, ignore=shutil.ignore_patterns(*LEFT_OUT))
     return place
 
 

@@ -1,0 +1,91 @@
+"""How machines share a suite: each file is run once, whole, by one of them; whatever is not run is an error."""
+
+import re
+import sys
+
+import pytest
+
+from vm import suite
+from vm.steps import LabError
+
+FILES = {"test_a.py": 3, "test_b.py": 1, "test_c.py": 2}
+COUNTED = """
+import pathlib, pytest
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    with pathlib.Path({log!r}).open("a") as log:
+        log.write("+" + __file__.rpartition("/")[2] + "\\n")
+    yield
+
+@pytest.mark.parametrize("number", range({count}))
+def test_it(number):
+    assert number != {bad}
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Three files of tests, which note when their module's fixture is set up."""
+    write(tmp_path)
+    return tmp_path
+
+
+def write(place, bad=-1):
+    for name, count in FILES.items():
+        (place / name).write_text(COUNTED.format(log=str(place / "log"), count=count, bad=bad))
+
+
+def session(place, *extra):
+    return [sys.executable, "-m", "pytest", "-p", "tests.share", "-c", "/dev/null", f"--rootdir={place}", *extra, place]
+
+
+def sizes(path):
+    return False, FILES[path]
+
+
+def passed(output):
+    return sorted(int(number) for number in re.findall(r"(\d+) passed", output))
+
+
+def test_one_machine_runs_all_the_longest_first(place, capsys):
+    handout = suite.Handout(sizes)
+    assert suite.Lanes().share(1, session(place), handout) == 0
+    assert passed(capsys.readouterr().out) == [6]
+    assert (place / "log").read_text().split() == ["+test_a.py", "+test_c.py", "+test_b.py"]
+    assert handout.left() == []
+
+
+def test_two_machines_run_each_file_once(place, capsys):
+    handout, lanes = suite.Handout(sizes), suite.Lanes()
+    assert handout.next(list(FILES)) == "test_a.py"  # the other machine's
+    assert lanes.share(2, session(place), handout) == 0
+    assert passed(capsys.readouterr().out) == [3]
+    assert sorted((place / "log").read_text().split()) == ["+test_b.py", "+test_c.py"]
+
+
+def test_a_failure_is_told_at_the_end_in_one_piece(place, capsys):
+    write(place, bad=0)
+    assert suite.Lanes().share(1, session(place, "-ra"), suite.Handout(sizes)) == 1
+    ending = capsys.readouterr().out.partition("▸ lab machine 1 ends\n")[2]
+    assert re.search(r"^FAILED .*test_a.py::test_it\[0\]", ending, re.MULTILINE) and "3 failed, 3 passed" in ending
+
+
+def test_a_file_that_cannot_be_collected_ends_it(place):
+    (place / "test_b.py").write_text("import nothing_of_that_name\n")
+    assert suite.Lanes().share(1, session(place), suite.Handout(sizes)) == 2
+
+
+def test_a_machine_that_dies_fails_the_suite_and_leaves_are_named(place):
+    handout = suite.Handout(sizes)
+    (place / "test_a.py").write_text("import os\ndef test_it():\n    os.kill(os.getpid(), 9)\n")
+    assert suite.Lanes().share(1, session(place), handout) == -9
+    assert handout.left() == ["test_b.py", "test_c.py"]
+
+
+def test_after_the_end_nothing_begins(place):
+    lanes = suite.Lanes()
+    lanes.end()
+    with pytest.raises(LabError, match="the other lane broke"):
+        lanes.share(1, session(place), suite.Handout(sizes))
+    assert not (place / "log").exists()

@@ -1,0 +1,201 @@
+"""`./lab test`: every test, each on the machine it belongs to.
+
+The host's own tests (lint, site, vm) run in one lane and a lab machine's in another; when the host's are done, a second
+machine takes what is still to do. An emulated machine keeps about one core busy, so two lanes keep two cores busy.
+The machines share the files of tests and notebooks one by one: tests/share.py is their end of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from vm import steps
+from vm.guest import GUEST_PYTHON, GUEST_REPO, backend, fresh_guest
+from vm.image import CACHE, NEED_MEMORY, REPO, image, memory_available
+from vm.site import build_site, environment
+from vm.steps import LabError
+
+HOST_TESTS = ("tests/lint", "tests/site", "tests/vm")
+FREE = "\x1efree "  # tests/share.py writes it before the files it has not run
+# two machines of the suite, and the one that tests/vm starts for itself
+MACHINES = 3
+
+
+def test(paths: Sequence[str]) -> int:
+    """Every test, or only those of `paths`; return an exit status. Ends in pytest's own closing lines."""
+    began = time.monotonic()
+    if not paths and backend() == "qemu" and (os.cpu_count() or 1) > 1 and memory_available() > MACHINES * NEED_MEMORY:
+        status = _in_two_lanes()
+    else:
+        status = _one_after_the_other(paths or [*HOST_TESTS, "tests", "book"])
+    print(f"  {time.monotonic() - began:.0f} s in all; exit status {status}", flush=True)
+    return status
+
+
+def _one_after_the_other(paths: Sequence[str]) -> int:
+    on_host = [p for p in paths if p.startswith(HOST_TESTS)]
+    in_guest = [p for p in paths if not p.startswith(HOST_TESTS)]
+    status = 0
+    if on_host:
+        argv, env = _host_pytest(on_host)
+        print(f"▸ on this machine: pytest {' '.join(on_host)}", flush=True)
+        status = subprocess.run(argv, cwd=REPO, env=env).returncode
+    if in_guest:
+        with fresh_guest("test") as guest:
+            print(f"▸ in the lab machine: pytest {' '.join(in_guest)}", flush=True)
+            status = guest.call(_guest_pytest(*in_guest)) or status
+    return status
+
+
+def _host_pytest(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment, made first where they are not there yet."""
+    bin_ = environment("requirements.txt", "tests/requirements.txt")
+    if any(p.startswith("tests/site") for p in paths):
+        build_site()
+    env = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "LAB_CACHE": str(CACHE)}
+    env.setdefault("LAB_PROSE_CACHE", str(CACHE / "prose"))
+    return [str(bin_ / "python"), "-m", "pytest", "--durations=5", *paths], env
+
+
+def _guest_pytest(*arguments: str) -> str:
+    left_out = " ".join(f"--ignore={path}" for path in HOST_TESTS)
+    book = "--nbval --nbval-current-env --nbval-sanitize-with book/nbval-sanitize.cfg --nbval-cell-timeout 600"
+    return f"cd {GUEST_REPO} && {GUEST_PYTHON} -m pytest --durations=25 {left_out} {book} {shlex.join(arguments)}"
+
+
+# ── two lanes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Handout:
+    """Which file which machine runs; each is given out once, the long ones first."""
+
+    def __init__(self, weight: Callable[[str], tuple[bool, int]]) -> None:
+        self.weight, self.given, self.known = weight, set[str](), set[str]()
+        self.lock = threading.Lock()
+
+    def next(self, offered: Sequence[str]) -> str:
+        """Return one of the files a machine could run that nobody has, or "" where there is none."""
+        with self.lock:
+            self.known.update(offered)
+            path = max((p for p in offered if p not in self.given), key=self.weight, default="")
+            self.given.add(path)
+            return path
+
+    def left(self) -> list[str]:
+        """Return the files that nobody was given."""
+        return sorted(self.known - self.given)
+
+
+def _weight(path: str) -> tuple[bool, int]:
+    """Notebooks first, then by size: the nearest thing to the time a file takes that needs no keeping."""
+    return path.endswith(".ipynb"), (REPO / path).stat().st_size
+
+
+class Lanes:
+    """The commands that run now, so that all end when one lane breaks or somebody interrupts."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[str]] = []
+        self.print_lock = threading.Lock()
+        self.ended = False
+
+    def say(self, text: str) -> None:
+        """Print whole lines: two lanes speak at once."""
+        with self.print_lock:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def command(self, argv: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
+        """Start a command whose output is ours, line by line; kill it if the block is left early."""
+        if self.ended:
+            raise LabError("test: ended because the other lane broke")
+        with subprocess.Popen(
+            argv, cwd=REPO, text=True, bufsize=1, errors="replace", stdout=subprocess.PIPE, **how
+        ) as process:
+            self.running.append(process)
+            try:
+                yield process
+            except BaseException:
+                process.kill()
+                raise
+
+    def end(self) -> None:
+        """End every command, and each that a lane would begin: the lanes then end by themselves."""
+        self.ended = True
+        for process in self.running:
+            process.kill()
+
+    def host(self, *paths: str) -> int:
+        """Run tests of the host's own."""
+        argv, env = _host_pytest(paths)
+        self.say(f"▸ on this machine: pytest {' '.join(paths)}\n")
+        with self.command(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
+            for line in process.stdout or ():
+                self.say(line)
+        return process.returncode
+
+    def guest(self, number: int, handout: Handout) -> int:
+        """Run in a machine of its own what `handout` gives it."""
+        with fresh_guest(f"test{number}") as guest:
+            self.say(f"▸ in lab machine {number}: pytest tests book\n")
+            return self.share(number, [*guest.ssh, _guest_pytest("-p", "tests.share", "tests", "book")], handout)
+
+    def share(self, number: int, argv: Sequence[str], handout: Handout) -> int:
+        """Run one pytest with tests/share.py and answer it; what it says at its end is printed in one piece."""
+        last, ending = threading.Event(), [f"▸ lab machine {number} ends\n"]
+        with self.command(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            answers = threading.Thread(target=self._answer, args=(process, handout, last))
+            answers.start()
+            for line in process.stdout or ():
+                if last.is_set():
+                    ending.append(line)
+                else:
+                    self.say(line)
+            answers.join()
+        self.say("".join(ending))
+        return process.returncode
+
+    def _answer(self, process: subprocess.Popen[str], handout: Handout, last: threading.Event) -> None:
+        """Answer each line that asks for a file, and print every other line of standard error."""
+        for line in process.stderr or ():
+            if not line.startswith(FREE):
+                self.say(line)
+                continue
+            path = handout.next(json.loads(line.removeprefix(FREE)))
+            if not path:
+                last.set()
+            with contextlib.suppress(BrokenPipeError):  # it ended meanwhile: its status says so
+                print(path, file=process.stdin, flush=True)
+
+
+def _in_two_lanes() -> int:
+    steps.MOVING = False
+    lanes, handout = Lanes(), Handout(_weight)
+
+    def second() -> int:
+        status = lanes.host("tests/lint", "tests/site")
+        image()  # the other lane may still be building it
+        status = lanes.host("tests/vm") or status
+        return lanes.guest(2, handout) or status
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(lanes.guest, 1, handout), pool.submit(second)]
+        try:
+            statuses = [future.result() for future in as_completed(futures)]
+        except BaseException:
+            lanes.end()
+            raise
+    if left := handout.left():
+        raise LabError(f"test: {' '.join(left)}: no machine ran it")
+    return next(filter(None, statuses), 0)
