@@ -90,7 +90,7 @@ def remove_tree(path: str) -> None:
                 continue
             doomed.append(entry.path)
             if len(entry.path) > LONG_PATH:
-                doomed[-1] = f"{path}.{len(doomed)}"
+                doomed[-1] = f"{path}/{os.urandom(8).hex()}"
                 os.rename(entry.path, doomed[-1])
     for folder in reversed(doomed):
         _gone(os.rmdir, folder)

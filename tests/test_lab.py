@@ -153,3 +153,20 @@ def test_clean_keeps_other_data():
         assert kept.is_dir()
     finally:
         kept.rmdir()
+
+
+def test_removing_a_tree_too_deep_for_a_path_touches_nothing_beside_it(tmp_path):
+    neighbours = [tmp_path / f"tree.{number}" for number in range(60)]
+    for neighbour in neighbours:
+        (neighbour / "kept").mkdir(parents=True)
+    (tmp_path / "tree").mkdir()
+    folder = os.open(tmp_path / "tree", os.O_RDONLY)
+    for _ in range(50):
+        os.mkdir("d" * 200, dir_fd=folder)
+        below = os.open("d" * 200, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    machine.remove_tree(str(tmp_path / "tree"))
+    assert sorted(os.listdir(tmp_path)) == sorted(neighbour.name for neighbour in neighbours)
+    assert all((neighbour / "kept").is_dir() for neighbour in neighbours)
