@@ -155,7 +155,7 @@ class Lanes:
         """Run one pytest with tests/share.py and answer it; what it says at its end is printed in one piece."""
         last, ending = threading.Event(), [f"▸ lab machine {number} ends\n"]
         with self.command(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            answers = threading.Thread(target=self._answer, args=(process, handout, last))
+            answers = threading.Thread(target=self._answer, args=(process, number, handout, last))
             answers.start()
             for line in process.stdout or ():
                 if last.is_set():
@@ -166,13 +166,16 @@ class Lanes:
         self.say("".join(ending))
         return process.returncode
 
-    def _answer(self, process: subprocess.Popen[str], handout: Handout, last: threading.Event) -> None:
-        """Answer each line that asks for a file, and print every other line of standard error."""
+    def _answer(self, process: subprocess.Popen[str], number: int, handout: Handout, last: threading.Event) -> None:
+        """Answer each line that asks for a file, and say how long the one before took; print every other line."""
+        path, began = "", time.monotonic()
         for line in process.stderr or ():
             if not line.startswith(FREE):
                 self.say(line)
                 continue
-            path = handout.next(json.loads(line.removeprefix(FREE)))
+            if path:
+                self.say(f"  {path}: {time.monotonic() - began:.0f} s in lab machine {number}\n")
+            path, began = handout.next(json.loads(line.removeprefix(FREE))), time.monotonic()
             if not path:
                 last.set()
             with contextlib.suppress(BrokenPipeError):  # it ended meanwhile: its status says so

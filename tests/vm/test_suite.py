@@ -51,7 +51,9 @@ def passed(output):
 def test_one_machine_runs_all_the_longest_first(place, capsys):
     handout = suite.Handout(sizes)
     assert suite.Lanes().share(1, session(place), handout) == 0
-    assert passed(capsys.readouterr().out) == [6]
+    output = capsys.readouterr().out
+    assert passed(output) == [6]
+    assert re.findall(r"^  (\S+): \d+ s in lab machine 1$", output, re.MULTILINE) == [*sorted(FILES, key=sizes)][::-1]
     assert (place / "log").read_text().split() == ["+test_a.py", "+test_c.py", "+test_b.py"]
     assert handout.left() == []
 
