@@ -118,8 +118,7 @@ class Lanes:
     @contextlib.contextmanager
     def command(self, argv: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
         """Start a command whose output is ours, line by line; kill it if the block is left early."""
-        if self.ended:
-            raise LabError("test: ended because the other lane broke")
+        self.require_going_on()
         with subprocess.Popen(
             argv, cwd=REPO, text=True, bufsize=1, errors="replace", stdout=subprocess.PIPE, **how
         ) as process:
@@ -129,6 +128,11 @@ class Lanes:
             except BaseException:
                 process.kill()
                 raise
+
+    def require_going_on(self) -> None:
+        """Raise LabError after `end`."""
+        if self.ended:
+            raise LabError("test: ended because the other lane broke")
 
     def end(self) -> None:
         """End every command, and each that a lane would begin: the lanes then end by themselves."""
@@ -147,6 +151,7 @@ class Lanes:
 
     def guest(self, number: int, handout: Handout) -> int:
         """Run in a machine of its own what `handout` gives it."""
+        self.require_going_on()  # before a machine is started
         with fresh_guest(f"test{number}") as guest:
             self.say(f"▸ in lab machine {number}: pytest tests book\n")
             return self.share(number, [*guest.ssh, _guest_pytest("-p", "tests.share", "tests", "book")], handout)

@@ -90,4 +90,6 @@ def test_after_the_end_nothing_begins(place):
     lanes.end()
     with pytest.raises(LabError, match="the other lane broke"):
         lanes.share(1, session(place), suite.Handout(sizes))
+    with pytest.raises(LabError, match="the other lane broke"):
+        lanes.guest(1, suite.Handout(sizes))
     assert not (place / "log").exists()
