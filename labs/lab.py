@@ -11,12 +11,15 @@ import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from labs import cgroup, machine, mounts, namespaces, process, syscalls
+from labs import cgroup, engine, machine, mounts, namespaces, process, syscalls
 from labs.errors import KernelError, LabError, Timeout
 
 ENGINES = ("docker", "podman")
+# Docker Engine API, "List containers" and so on: one client a question would take seconds on an emulated machine.
+DOCKER = {"container": "/containers/json?all=1", "image": "/images/json?all=1",
+          "network": "/networks", "volume": "/volumes"}
 LISTINGS = {
     "container": ("ps", "-a", "--no-trunc", "--format", "{{.ID}} {{.Names}}"),
     "image": ("images", "-a", "--no-trunc", "--format", "{{.ID}} {{.Repository}}:{{.Tag}}"),
@@ -28,6 +31,10 @@ LISTINGS = {
 CHURN = ("(udev-worker)", "(sd-", "systemd", "sshd", "agetty", "login", "dbus-daemon", "apt", "catatonit", "flock")
 TMP = "/tmp"  # noqa: S108  only looked at
 CHURN_FILES = ("systemd-private-", ".", "ssh-", "pytest-of-", "tmp.")
+# Where Podman writes down what it holds: while these are as they were, so is its answer.
+PODMAN_FOLDERS = ("/var/lib/containers/storage", "/var/lib/containers/storage/overlay-images",
+                  "/var/lib/containers/storage/overlay-containers", "/var/lib/containers/storage/volumes",
+                  "/etc/containers/networks")
 # Podman binds its store onto itself while it runs, and lets it go at a time of its own.
 PODMAN_STORE = "/var/lib/containers/storage/overlay"
 # The first `ip netns add` of a machine binds this onto itself, and leaves it so: ip-netns(8).
@@ -179,9 +186,46 @@ def _nft() -> Iterator[str]:
 
 
 def _engines() -> Iterator[str]:
-    for engine in ENGINES:
-        for what, listing in LISTINGS.items():
-            yield from (f"{engine} {what} {line}" for line in _lines(engine, *listing))
+    yield from (f"docker {line}" for line in _docker())
+    yield from (f"podman {line}" for line in _podman())
+
+
+def _docker() -> Iterator[str]:
+    """What Docker's client lists, asked of the daemon itself; nothing where none answers."""
+    with suppress(OSError):
+        for what, path in DOCKER.items():
+            answer = engine.ask("GET", path).json
+            for row in answer["Volumes"] or () if what == "volume" else answer:
+                yield from (f"{what} {line}" for line in _named(what, row))
+
+
+def _named(what: str, row: Mapping[str, Any]) -> list[str]:
+    """One row as LISTINGS has it; an image has a line for each of its names."""
+    if what == "container":
+        return [f"{row['Id']} {row['Names'][0].removeprefix('/')}"]
+    if what == "image":
+        return [f"{row['Id']} {name}" for name in row["RepoTags"] or ["<none>:<none>"]]
+    return [row["Name"]]
+
+
+_podman_known: dict[tuple[str, ...], list[str]] = {}  # the last state and its answer
+
+
+def _podman() -> list[str]:
+    """What Podman lists; it is asked again only when its files have changed."""
+    if (state := _podman_state()) not in _podman_known:
+        lines = [f"{what} {line}" for what, listing in LISTINGS.items() for line in _lines("podman", *listing)]
+        _podman_known.clear()
+        _podman_known[_podman_state()] = lines  # asking may itself have written something
+        return lines
+    return _podman_known[state]
+
+
+def _podman_state() -> tuple[str, ...]:
+    return tuple(f"{entry.path} {entry.stat().st_mtime_ns} {entry.stat().st_size}"
+                 for folder in PODMAN_FOLDERS if os.path.isdir(folder)
+                 for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+                 if not entry.name.endswith((".lock", "-shm")))
 
 
 @contextmanager
@@ -278,10 +322,10 @@ def _remove(path: str) -> None:
 
 def _remove_from_engines() -> Iterator[str]:
     commands = {"container": ("rm", "--force", "--volumes"), "network": ("network", "rm"), "volume": ("volume", "rm")}
-    for engine in ENGINES:
+    for client in ENGINES:
         for what, remove in commands.items():
-            for line in _lines(engine, *LISTINGS[what]):
+            for line in _lines(client, *LISTINGS[what]):
                 name = line.split()[-1]
                 if name.startswith(machine.PREFIX):
-                    _lines(engine, *remove, name)
-                    yield f"{engine} {what} {name}"
+                    _lines(client, *remove, name)
+                    yield f"{client} {what} {name}"

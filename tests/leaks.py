@@ -22,6 +22,8 @@ IN_LAB = Path(machine.MARKER).exists()
 _before: dict[pytest.Collector, lab.Snapshot] = {}
 # The full state after the last module or notebook, if it was clean: the next one begins with it.
 _known: list[lab.Snapshot] = []
+# The state after the last test, if nothing was set up since: the next test begins with it.
+_settled: list[lab.Snapshot] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,9 +48,15 @@ def test_leaves_nothing(request: pytest.FixtureRequest, module_leaves_nothing: N
     if not _watched(request.path):
         yield
         return
-    before = lab.snapshot()
+    before = _settled.pop() if _settled else lab.snapshot()
     yield
-    _settle(before, request.config, full=False)
+    _settled[:] = [_settle(before, request.config, full=False)]
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """What a fixture of a wider scope makes between two tests is neither's leak."""
+    if fixturedef.scope != "function":
+        _settled.clear()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -86,18 +94,21 @@ def _finish(before: lab.Snapshot, config: pytest.Config) -> None:
     _known.append(before)
 
 
-def _settle(before: lab.Snapshot, config: pytest.Config, *, full: bool) -> None:
-    """Wait until the machine is as it was, or fail with what is different.
+def _settle(before: lab.Snapshot, config: pytest.Config, *, full: bool) -> lab.Snapshot:
+    """Wait until the machine is as it was, and return what it is then; fail with what is different.
 
     After a single test only what is new counts: it may end what a fixture of its module began.
     """
+    seen = [before]
 
     def changes() -> list[str]:
-        found = before.diff(lab.snapshot(full))
+        seen[0] = lab.snapshot(full)
+        found = before.diff(seen[0])
         return found if full else [line for line in found if line.startswith("+")]
 
     with suppress(Timeout):
         process.until(lambda: not changes(), float(config.getini("leak_deadline")))
-        return
+        return seen[0]
     if left := changes():
         pytest.fail("left behind:\n" + "\n".join(left), pytrace=False)
+    return seen[0]

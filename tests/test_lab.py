@@ -170,3 +170,43 @@ def test_removing_a_tree_too_deep_for_a_path_touches_nothing_beside_it(tmp_path)
     machine.remove_tree(str(tmp_path / "tree"))
     assert sorted(os.listdir(tmp_path)) == sorted(neighbour.name for neighbour in neighbours)
     assert all((neighbour / "kept").is_dir() for neighbour in neighbours)
+
+
+def listed(engine):
+    """What the engine's own client lists."""
+    def lines(*listing):
+        return subprocess.run([engine, *listing], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {f"{what} {line}" for what, listing in lab.LISTINGS.items() for line in lines(*listing)}
+
+
+MADE = {
+    "image": (["tag", "localhost/busybox:lab", "localhost/labs-t:1"], ["untag", "localhost/labs-t:1"]),
+    "volume": (["volume", "create", "labs-t"], ["volume", "rm", "labs-t"]),
+    "network": (["network", "create", "labs-t"], ["network", "rm", "labs-t"]),
+    "container": (["create", "--name", "labs-t", "localhost/busybox:lab", "true"], ["rm", "labs-t"]),
+}
+
+
+def test_what_docker_holds_is_what_its_client_lists():
+    subprocess.run(["docker", "create", "--name", "labs-t", "busybox:lab"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["docker", "volume", "create", "labs-t"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        assert set(lab._docker()) == listed("docker")
+        assert any(line.endswith(" labs-t") for line in lab._docker())
+    finally:
+        subprocess.run(["docker", "rm", "labs-t"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["docker", "volume", "rm", "labs-t"], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_podman_holds_is_asked_again_when_it_changed(monkeypatch):
+    before = set(lab._podman())
+    assert before == listed("podman")
+    for what, (make, undo) in MADE.items():
+        subprocess.run(["podman", *make], check=True, stdout=subprocess.DEVNULL)
+        try:
+            assert set(lab._podman()) == listed("podman") != before, what
+        finally:
+            subprocess.run(["podman", *undo], check=True, stdout=subprocess.DEVNULL)
+    assert set(lab._podman()) == before
+    monkeypatch.setattr(lab, "_lines", lambda *command: pytest.fail(f"asked again: {command}"))
+    assert set(lab._podman()) == before
