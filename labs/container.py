@@ -259,7 +259,7 @@ def _check_layers(rootfs: str | Sequence[str], user: object) -> tuple[str, ...]:
 
 def _check_network(network: bool | str) -> bool | str:
     if isinstance(network, str) and not os.path.exists(network):
-        raise BadInput("network", network, "no such network namespace")
+        raise BadInput("network", network, "must be True, False or the path of a network namespace")
     return network
 
 

@@ -37,7 +37,7 @@ SUBJECTS = {
     "neigh": (ndmsg, rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH, rtnl.RTM_GETNEIGH),
 }
 VERBS = {"add": (1, "create"), "set": (1, "req"), "replace": (1, "replace"), "append": (1, "append"),
-         "del": (2, "req"), "dump": (3, "dump")}
+         "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
 BUFFER = 1 << 16
 IFF_UP = 0x1  # <linux/if.h>
 IFA_F_NODAD = 0x02  # <linux/if_addr.h>
@@ -51,7 +51,11 @@ Message = Any  # a pyroute2 message: fields by [], attributes by get(), both und
 
 
 class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
-    """A socket of the family NETLINK_ROUTE in one network namespace."""
+    """A socket of the family NETLINK_ROUTE in one network namespace, with NETLINK_EXT_ACK: netlink(7)."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(fileno=descriptor, ext_ack=True)
+        self._open = self.socket  # pyroute2 takes a descriptor over, to close it, when it is first asked for
 
     def request(self, verb: str, subject: str, **settings: object) -> list[Message]:
         """Send one message and give the answers: request("add", "link", ifname="br0", kind="bridge").
@@ -72,7 +76,7 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
         message.encode()
         number = message["header"]["sequence_number"]
         try:
-            self.socket.send(message.data)
+            self._open.send(message.data)
             answers = list(self._answers(number, step))
         finally:
             self.addr_pool.free(number, ban=0xFF)
@@ -82,7 +86,7 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
 
     def _answers(self, number: int, step: str) -> Iterator[Message]:
         while True:
-            for answer in self.marshal.parse(self.socket.recv(BUFFER)):
+            for answer in self.marshal.parse(self._open.recv(BUFFER)):
                 head = answer["header"]
                 if head["sequence_number"] != number:
                     continue
@@ -94,11 +98,8 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
                 yield answer
 
     def index(self, name: str) -> int:
-        """The number of the link of that name: if_nametoindex(3)."""
-        for message in self.request("dump", "link"):
-            if message.get("ifname") == name:
-                return int(message["index"])
-        raise KernelError(f"find link {name}", errno.ENODEV)
+        """The number of the link of that name: if_nametoindex(3); KernelError ENODEV without one."""
+        return int(self.request("get", "link", ifname=name)[0]["index"])
 
     def delete_link(self, name: str) -> None:
         """Delete a link, if it is there still."""
@@ -121,7 +122,7 @@ def connect(*namespaces: Netns) -> Iterator[tuple[Rtnl, ...]]:
     """A socket in each of the namespaces, made by one child; BadInput when a namespace is gone."""
     with ExitStack() as stack:
         descriptors = [stack.enter_context(one.open()) for one in namespaces]
-        yield tuple(stack.enter_context(Rtnl(fileno=fd, ext_ack=True)) for fd in _sockets(descriptors))
+        yield tuple(stack.enter_context(Rtnl(fd)) for fd in _sockets(descriptors))
 
 
 def _sockets(descriptors: list[int]) -> list[int]:
