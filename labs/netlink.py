@@ -3,7 +3,7 @@
 A request is one message, and the kernel has answered it when the method returns.  A netlink socket
 belongs for ever to the network namespace that it was made in, whoever holds it: so a child enters the
 namespace, makes the socket there, and passes it back (SCM_RIGHTS, unix(7)).
-pyroute2's IPRoute would start an event loop, which a notebook has already; its IPRSocket does not.
+pyroute2 writes and reads the messages; its own sockets would start an event loop, which a notebook has already.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from pyroute2 import IPRSocket
+from pyroute2.common import AddrPool
 from pyroute2.iproute.linux import get_arguments_processor
 from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, rtnl
 from pyroute2.netlink.nlsocket import NetlinkRequest
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
@@ -39,6 +40,7 @@ SUBJECTS = {
 VERBS = {"add": (1, "create"), "set": (1, "req"), "replace": (1, "replace"), "append": (1, "append"),
          "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
 BUFFER = 1 << 16
+SOL_NETLINK, NETLINK_EXT_ACK = 270, 11  # <linux/socket.h>, <linux/netlink.h>
 IFF_UP = 0x1  # <linux/if.h>
 IFA_F_NODAD = 0x02  # <linux/if_addr.h>
 RT_TABLE_MAIN, RTN_UNICAST = 254, 1
@@ -50,12 +52,20 @@ NSID_NONE = 0xFFFFFFFF  # NETNSA_NSID_NOT_ASSIGNED, <linux/net_namespace.h>
 Message = Any  # a pyroute2 message: fields by [], attributes by get(), both under their kernel names
 
 
-class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
+class Rtnl:
     """A socket of the family NETLINK_ROUTE in one network namespace, with NETLINK_EXT_ACK: netlink(7)."""
 
     def __init__(self, descriptor: int) -> None:
-        super().__init__(fileno=descriptor, ext_ack=True)
-        self._open = self.socket  # pyroute2 takes a descriptor over, to close it, when it is first asked for
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        # What pyroute2's requests ask of the socket that they are for.
+        self.marshal, self.addr_pool, self.epid, self.status = MarshalRtnl(), AddrPool(), 0, {"nlm_echo": False}
+
+    def __enter__(self) -> Rtnl:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
 
     def request(self, verb: str, subject: str, **settings: object) -> list[Message]:
         """Send one message and give the answers: request("add", "link", ifname="br0", kind="bridge").
@@ -76,7 +86,7 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
         message.encode()
         number = message["header"]["sequence_number"]
         try:
-            self._open.send(message.data)
+            self._socket.send(message.data)
             answers = list(self._answers(number, step))
         finally:
             self.addr_pool.free(number, ban=0xFF)
@@ -86,7 +96,7 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
 
     def _answers(self, number: int, step: str) -> Iterator[Message]:
         while True:
-            for answer in self.marshal.parse(self._open.recv(BUFFER)):
+            for answer in self.marshal.parse(self._socket.recv(BUFFER)):
                 head = answer["header"]
                 if head["sequence_number"] != number:
                     continue
@@ -122,20 +132,23 @@ def connect(*namespaces: Netns) -> Iterator[tuple[Rtnl, ...]]:
     """A socket in each of the namespaces, made by one child; BadInput when a namespace is gone."""
     with ExitStack() as stack:
         descriptors = [stack.enter_context(one.open()) for one in namespaces]
-        yield tuple(stack.enter_context(Rtnl(fd)) for fd in _sockets(descriptors))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            maker = stack.enter_context(process.fork(lambda: _make_sockets(descriptors, theirs)))
+            theirs.close()
+            _, made, _, _ = socket.recv_fds(ours, 1, len(descriptors))
+        if not made:
+            maker.wait()
+        yield tuple(stack.enter_context(Rtnl(descriptor)) for descriptor in made)
 
 
-def _sockets(descriptors: list[int]) -> list[int]:
-    """Descriptors of netlink sockets in the namespaces that descriptors stand for."""
-    ours, theirs = socket.socketpair()
-    def child() -> None:
-        for descriptor in descriptors:
-            enter(descriptor)
-            made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            socket.send_fds(theirs, [b"!"], [made.fileno()])
-    with ours, theirs, process.fork(child) as maker:
-        maker.wait()
-        return [socket.recv_fds(ours, 1, 1)[1][0] for _ in descriptors]
+def _make_sockets(descriptors: list[int], parent: socket.socket) -> None:
+    """In a child: a netlink socket in each of the namespaces, sent to the parent."""
+    made = []
+    for descriptor in descriptors:
+        enter(descriptor)
+        made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
+    socket.send_fds(parent, [b"!"], [one.fileno() for one in made])
 
 
 class Address(NamedTuple):

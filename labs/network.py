@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from labs import ipam, machine
-from labs.errors import BadInput
+from labs.errors import BadInput, KernelError
 from labs.netlink import (
     IFA_F_NODAD,
     Address,
@@ -147,6 +147,7 @@ class Network(NamedTuple):
 
     host: Netns
     name: str
+    bridge: int
     pool: ipam.Pool
     pool6: ipam.Pool | None
     gateway: str
@@ -162,16 +163,15 @@ class Network(NamedTuple):
         subnet, a name that is too long or in use, and a namespace that is gone.
         """
         machine.require()
+        check_link(name)
         with ExitStack() as undo:
+            leases = self._lease(undo, f"{target.name} {name}", address)
+            made = Attachment(str(leases[0]), str(leases[1]) if self.pool6 else "",
+                              "" if self.internal else self.gateway, mac_of(leases[0].ip),
+                              host_end(target.name, name), name)
             with connect(self.host, target) as (host, inside), target.open() as there:
-                _absent(inside, name, target)
-                _absent(host, host_end(target.name, name), self.host)
-                leases = self._lease(undo, f"{target.name} {name}", address)
-                made = Attachment(str(leases[0]), str(leases[1]) if self.pool6 else "",
-                                  "" if self.internal else self.gateway, mac_of(leases[0].ip),
-                                  host_end(target.name, name), name)
-                undo.callback(_delete, self.host, made.host_link)
                 self._plug(host, made, there)
+                undo.callback(_delete, self.host, made.host_link)
                 self._configure(inside, made, leases)
             yield made
 
@@ -186,9 +186,14 @@ class Network(NamedTuple):
 
     def _plug(self, host: Rtnl, made: Attachment, there: int) -> None:
         """`ip link add VETH-NAME master BR up type veth peer name eth0 netns TARGET`, in one message."""
-        host.request("add", "link", ifname=made.host_link, kind="veth", mtu=self.mtu, state="up",
-                     master=host.index(self.name),
-                     peer={"ifname": made.link, "net_ns_fd": there, "mtu": self.mtu, "address": made.mac})
+        try:
+            host.request("add", "link", ifname=made.host_link, kind="veth", mtu=self.mtu, state="up",
+                         master=self.bridge,
+                         peer={"ifname": made.link, "net_ns_fd": there, "mtu": self.mtu, "address": made.mac})
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            raise BadInput("name", made.link, f"it, or {made.host_link} on the host, is there already") from None
 
     def _configure(self, inside: Rtnl, made: Attachment, leases: list[Interface]) -> None:
         """Inside: the addresses, `ip link set eth0 up`, and the default routes."""
@@ -222,11 +227,11 @@ def network(host: Netns, name: str = "br0", subnet: str = "10.42.0.0/24", *, sub
     gateways = [_gateway(one, wanted, host) for one, wanted in ((subnet, gateway), (subnet6, "")) if one]
     pools = [ipam.Pool(str(one.network), (str(one.ip),), f"{host.name}-{name}") for one in gateways]
     second, pool6 = (gateways[1], pools[1]) if subnet6 else (None, None)
-    with bridge(host, name, address=str(gateways[0]), mtu=mtu):
+    with bridge(host, name, address=str(gateways[0]), mtu=mtu) as made:
         if second:
             with connect(host) as (kernel,):
-                _add_address(kernel, kernel.index(name), second)
-        yield Network(host, name, pools[0], pool6, str(gateways[0].ip), str(second.ip) if second else "", mtu,
+                _add_address(kernel, made.index, second)
+        yield Network(host, name, made.index, pools[0], pool6, str(gateways[0].ip), str(second.ip) if second else "", mtu,
                       internal)
 
 

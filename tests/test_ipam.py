@@ -43,7 +43,7 @@ def test_the_state_is_a_file_that_goes_with_the_last_owner(pool):
     ("b", "10.42.0.1", "address: '10.42.0.1': is taken by the network itself"),
     ("b", "10.42.0.7", r"address: '10.42.0.7': must be a host's address in 10.42.0.0/29"),
     ("b", "10.42.0.8", "address: '10.42.0.8': must be"), ("b", "10.42.0.2/29", "address: '10.42.0.2/29': must be an"),
-    ("a", "", "owner: 'a': has an address of 10.42.0.0/29 already")])
+    ("a", "", "owner: 'a': is in 10.42.0.0/29 already")])
 def test_a_clash_is_one_line_and_changes_nothing(pool, owner, address, text):
     pool.allocate("a")
     with pytest.raises(errors.BadInput, match=f"^{text}"):

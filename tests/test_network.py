@@ -301,14 +301,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(spaces, untouched, make, text)
     ({"address": "10.42.0.0"}, "address: '10.42.0.0': must be a host's address in 10.42.0.0/24"),
     ({"address": "10.43.0.2"}, "address: '10.43.0.2': must be"), ({"address": "x"}, "address: 'x': must be an IP"),
     ({"address": "fd42::9"}, "address: 'fd42::9': must be a host's address in 10.42.0.0/24"),
-    ({"name": "e" * 16}, "name: 'eeeeeeeeeeeeeeee': must have 1 to 15 bytes"), ({"name": "lo"}, "name: 'lo': labs-db")])
+    ({"name": "e" * 16}, "name: 'eeeeeeeeeeeeeeee': must have 1 to 15 bytes"), ({"name": "lo"}, "name: 'lo': it, or veth-db-lo on the host, is there already")])
 def test_a_bad_attachment_leaves_nothing(net, spaces, change, text):
     host, web, db = spaces
     with net.attach(web):
         before = (names(host), names(db), net.pool.owners(), net.pool6.owners())
         with pytest.raises(errors.BadInput, match=f"^{text}"), net.attach(db, **change):
             pass
-        with pytest.raises(errors.BadInput, match="^name: 'eth0': labs-web has a link of that name"), net.attach(web):
+        with pytest.raises(errors.BadInput, match="^owner: 'labs-web eth0': is in 10.42.0.0/24 already"), net.attach(web):
             pass
         assert (names(host), names(db), net.pool.owners(), net.pool6.owners()) == before
 
@@ -331,6 +331,16 @@ def test_a_refusal_in_the_middle_leaves_nothing(net, spaces, monkeypatch):
         pass
     web.run(["sysctl", "-w", "net.ipv6.conf.all.disable_ipv6=0", "net.ipv6.conf.default.disable_ipv6=0"])
     assert (names(web), names(host), net.pool.owners(), net.pool6.owners()) == (["lo"], ["lo", "br0"], {}, {})
+
+
+def test_a_link_of_the_hosts_ends_name_stays(net, spaces):
+    host, web, _ = spaces
+    with network.veth(host, "veth-web", web, "mine"):
+        with pytest.raises(errors.BadInput, match="^name: 'eth0': it, or veth-web on the host, is there already"), \
+                net.attach(web):
+            pass
+        assert "veth-web" in names(host)
+        assert net.pool.owners() == {}
 
 
 def test_an_error_in_the_block_detaches(net, spaces):
