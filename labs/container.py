@@ -127,7 +127,7 @@ class Container:
                  mounts: Sequence[Bind | tuple[str, str]] = (),
                  devices: Sequence[str] | None = device_rules.DEFAULT, run_as: Ids | None = None) -> None:
         if user and network:
-            raise BadInput("network", network, "a user namespace cannot mount the sysfs of a network that is not its own")
+            raise BadInput("network", network, "a user namespace cannot mount the sysfs of another network")
         self.id = machine.new_name("c")
         name = self.id if hostname is None else hostname
         self.spec = Spec(

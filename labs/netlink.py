@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from labs import process
 from labs.errors import KernelError
+from labs.monitor import close_all_but
 from labs.netns import Netns, enter
 
 # What a request is about: its message, and the types for new, delete and dump, <linux/rtnetlink.h>.
@@ -39,7 +41,7 @@ SUBJECTS = {
 }
 VERBS = {"add": (1, "create"), "set": (1, "req"), "replace": (1, "replace"), "append": (1, "append"),
          "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
-BUFFER = 1 << 16
+BUFFER, MOST_FDS = 1 << 16, 64
 SOL_NETLINK, NETLINK_EXT_ACK = 270, 11  # <linux/socket.h>, <linux/netlink.h>
 IFF_UP = 0x1  # <linux/if.h>
 IFA_F_NODAD = 0x02  # <linux/if_addr.h>
@@ -127,28 +129,63 @@ def suppress_errno(*numbers: int) -> Iterator[None]:
             raise
 
 
+class Opener:
+    """A child that makes netlink sockets in other namespaces, as often as it is asked: a context manager.
+
+    It has no file but its socket, and goes back to its own namespace, so that it keeps no other one alive.
+    """
+
+    def __enter__(self) -> Opener:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._turn = threading.Lock()
+        with theirs:
+            self._child = process.fork(lambda: _make_sockets(theirs))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._control.close()
+        self._child.__exit__()
+
+    def open(self, descriptors: list[int]) -> list[int]:
+        """Descriptors of a netlink socket in each of the namespaces that descriptors stand for."""
+        with self._turn:
+            socket.send_fds(self._control, [b"?"], descriptors)
+            answer, made, _, _ = socket.recv_fds(self._control, 16, len(descriptors))
+        if not made:
+            raise KernelError("setns", int(answer or errno.ESRCH))
+        return made
+
+
+def _make_sockets(control: socket.socket) -> None:
+    """In the child: sockets for descriptors of namespaces, until the parent closes its end."""
+    os.setsid()  # where no Ctrl-C reaches it
+    close_all_but(control.fileno())
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+    while wanted := socket.recv_fds(control, 1, MOST_FDS)[1]:
+        try:
+            _answer(control, wanted)
+        except OSError as error:
+            control.send(b"%d" % (error.errno or 0))
+        enter(own)
+
+
+def _answer(control: socket.socket, wanted: list[int]) -> None:
+    with ExitStack() as closing:
+        made = []
+        for descriptor in wanted:
+            closing.callback(os.close, descriptor)
+            enter(descriptor)
+            made.append(closing.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)))
+        socket.send_fds(control, [b"!"], [one.fileno() for one in made])
+
+
 @contextmanager
-def connect(*namespaces: Netns) -> Iterator[tuple[Rtnl, ...]]:
-    """A socket in each of the namespaces, made by one child; BadInput when a namespace is gone."""
+def connect(*namespaces: Netns, opener: Opener | None = None) -> Iterator[tuple[Rtnl, ...]]:
+    """A socket in each of the namespaces, made by the opener or a child of its own; BadInput when one is gone."""
     with ExitStack() as stack:
         descriptors = [stack.enter_context(one.open()) for one in namespaces]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
-            maker = stack.enter_context(process.fork(lambda: _make_sockets(descriptors, theirs)))
-            theirs.close()
-            _, made, _, _ = socket.recv_fds(ours, 1, len(descriptors))
-        if not made:
-            maker.wait()
-        yield tuple(stack.enter_context(Rtnl(descriptor)) for descriptor in made)
-
-
-def _make_sockets(descriptors: list[int], parent: socket.socket) -> None:
-    """In a child: a netlink socket in each of the namespaces, sent to the parent."""
-    made = []
-    for descriptor in descriptors:
-        enter(descriptor)
-        made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
-    socket.send_fds(parent, [b"!"], [one.fileno() for one in made])
+        maker = opener or stack.enter_context(Opener())
+        yield tuple(stack.enter_context(Rtnl(descriptor)) for descriptor in maker.open(descriptors))
 
 
 class Address(NamedTuple):

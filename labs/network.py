@@ -21,23 +21,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
-from labs import ipam, machine
+from labs import ipam, machine, netlink
 from labs.errors import BadInput, KernelError
-from labs.netlink import (
-    IFA_F_NODAD,
-    Address,
-    Link,
-    Neighbour,
-    Route,
-    Rtnl,
-    addresses,
-    connect,
-    links,
-    neighbours,
-    nsid,
-    routes,
-    suppress_errno,
-)
+from labs.netlink import Address, Link, Neighbour, Route, addresses, links, neighbours, nsid, routes
 from labs.netns import Netns, namespace
 
 __all__ = ["Address", "Attachment", "Link", "Neighbour", "Netns", "Network", "Route", "addresses", "bridge", "links",
@@ -61,9 +47,9 @@ def check_mtu(mtu: int) -> int:
     return mtu
 
 
-def _absent(kernel: Rtnl, name: str, where: Netns) -> None:
+def _absent(kernel: netlink.Rtnl, name: str, where: Netns) -> None:
     """A name in use is BadInput, said before anything is made."""
-    with suppress_errno(errno.ENODEV):
+    with netlink.suppress_errno(errno.ENODEV):
         kernel.index(check_link(name))
         raise BadInput("name", name, f"{where.name} has a link of that name")
 
@@ -72,14 +58,14 @@ def _absent(kernel: Rtnl, name: str, where: Netns) -> None:
 def veth(a: Netns, name_a: str, b: Netns, name_b: str, *, mtu: int = 1500) -> Iterator[tuple[Link, Link]]:
     """A veth pair, one end in each namespace, both up: veth(4).  Deleting one end deletes the other."""
     machine.require()
-    with connect(a, b) as (near, far), b.open() as there:
+    with netlink.connect(a, b) as (near, far), b.open() as there:
         _absent(near, name_a, a)
         _absent(far, name_b, b)
         near.request("add", "link", ifname=name_a, kind="veth", state="up", mtu=check_mtu(mtu),
                      peer={"ifname": name_b, "net_ns_fd": there, "mtu": mtu})
     with ExitStack() as undo:
         undo.callback(_delete, a, name_a)
-        with connect(b) as (far,):
+        with netlink.connect(b) as (far,):
             far.request("set", "link", ifname=name_b, state="up")
         yield _find(a, name_a), _find(b, name_b)
 
@@ -88,9 +74,9 @@ def _find(where: Netns, name: str) -> Link:
     return next(link for link in links(where) if link.name == name)
 
 
-def _delete(where: Netns, name: str) -> None:
+def _delete(where: Netns, name: str, opener: netlink.Opener | None = None) -> None:
     """Delete a link, unless its namespace is gone: then the kernel has done so."""
-    with suppress(BadInput), connect(where) as (kernel,):
+    with suppress(BadInput), netlink.connect(where, opener=opener) as (kernel,):
         kernel.delete_link(name)
 
 
@@ -100,7 +86,7 @@ def bridge(ns: Netns, name: str = "br0", *, address: str = "", mtu: int = 1500) 
     machine.require()
     given = _interface(address) if address else None
     with ExitStack() as undo:
-        with connect(ns) as (kernel,):
+        with netlink.connect(ns) as (kernel,):
             _absent(kernel, name, ns)
             kernel.request("add", "link", ifname=name, kind="bridge", mtu=check_mtu(mtu), state="up",
                            **({"address": mac_of(given.ip)} if given else {}))
@@ -125,9 +111,9 @@ def mac_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed[-4:]))
 
 
-def _add_address(kernel: Rtnl, index: int, given: Interface) -> None:
+def _add_address(kernel: netlink.Rtnl, index: int, given: Interface) -> None:
     """`ip addr add`; IPv6 without duplicate address detection, for the pool knows who has what."""
-    flags = IFA_F_NODAD if given.version == 6 else 0
+    flags = netlink.IFA_F_NODAD if given.version == 6 else 0
     kernel.request("add", "addr", index=index, address=str(given.ip), prefixlen=given.network.prefixlen, flags=flags)
 
 
@@ -146,6 +132,7 @@ class Network(NamedTuple):
     """A bridge in a host namespace, a subnet, and who has which address of it."""
 
     host: Netns
+    opener: netlink.Opener
     name: str
     bridge: int
     pool: ipam.Pool
@@ -169,9 +156,9 @@ class Network(NamedTuple):
             made = Attachment(str(leases[0]), str(leases[1]) if self.pool6 else "",
                               "" if self.internal else self.gateway, mac_of(leases[0].ip),
                               host_end(target.name, name), name)
-            with connect(self.host, target) as (host, inside), target.open() as there:
+            with netlink.connect(self.host, target, opener=self.opener) as (host, inside), target.open() as there:
                 self._plug(host, made, there)
-                undo.callback(_delete, self.host, made.host_link)
+                undo.callback(_delete, self.host, made.host_link, self.opener)
                 self._configure(inside, made, leases)
             yield made
 
@@ -184,7 +171,7 @@ class Network(NamedTuple):
             found.append(_interface(f"{one}/{pool.subnet.partition('/')[2]}"))
         return found
 
-    def _plug(self, host: Rtnl, made: Attachment, there: int) -> None:
+    def _plug(self, host: netlink.Rtnl, made: Attachment, there: int) -> None:
         """`ip link add VETH-NAME master BR up type veth peer name eth0 netns TARGET`, in one message."""
         try:
             host.request("add", "link", ifname=made.host_link, kind="veth", mtu=self.mtu, state="up",
@@ -195,7 +182,7 @@ class Network(NamedTuple):
                 raise
             raise BadInput("name", made.link, f"it, or {made.host_link} on the host, is there already") from None
 
-    def _configure(self, inside: Rtnl, made: Attachment, leases: list[Interface]) -> None:
+    def _configure(self, inside: netlink.Rtnl, made: Attachment, leases: list[Interface]) -> None:
         """Inside: the addresses, `ip link set eth0 up`, and the default routes."""
         index = inside.index(made.link)
         for lease in leases:
@@ -203,7 +190,7 @@ class Network(NamedTuple):
         inside.request("set", "link", index=index, state="up")
         for gateway in () if self.internal else filter(None, (self.gateway, self.gateway6)):
             family = socket.AF_INET6 if ":" in gateway else socket.AF_INET
-            with suppress_errno(errno.EEXIST):  # an earlier network's default route stays
+            with netlink.suppress_errno(errno.EEXIST):  # an earlier network's default route stays
                 inside.request("add", "route", family=family, dst="default", gateway=gateway)
 
 
@@ -227,12 +214,12 @@ def network(host: Netns, name: str = "br0", subnet: str = "10.42.0.0/24", *, sub
     gateways = [_gateway(one, wanted, host) for one, wanted in ((subnet, gateway), (subnet6, "")) if one]
     pools = [ipam.Pool(str(one.network), (str(one.ip),), f"{host.name}-{name}") for one in gateways]
     second, pool6 = (gateways[1], pools[1]) if subnet6 else (None, None)
-    with bridge(host, name, address=str(gateways[0]), mtu=mtu) as made:
+    with bridge(host, name, address=str(gateways[0]), mtu=mtu) as made, netlink.Opener() as opener:
         if second:
-            with connect(host) as (kernel,):
+            with netlink.connect(host, opener=opener) as (kernel,):
                 _add_address(kernel, made.index, second)
-        yield Network(host, name, made.index, pools[0], pool6, str(gateways[0].ip), str(second.ip) if second else "", mtu,
-                      internal)
+        yield Network(host, opener, name, made.index, pools[0], pool6, str(gateways[0].ip),
+                      str(second.ip) if second else "", mtu, internal)
 
 
 def _gateway(subnet: str, wanted: str, host: Netns) -> Interface:

@@ -301,14 +301,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(spaces, untouched, make, text)
     ({"address": "10.42.0.0"}, "address: '10.42.0.0': must be a host's address in 10.42.0.0/24"),
     ({"address": "10.43.0.2"}, "address: '10.43.0.2': must be"), ({"address": "x"}, "address: 'x': must be an IP"),
     ({"address": "fd42::9"}, "address: 'fd42::9': must be a host's address in 10.42.0.0/24"),
-    ({"name": "e" * 16}, "name: 'eeeeeeeeeeeeeeee': must have 1 to 15 bytes"), ({"name": "lo"}, "name: 'lo': it, or veth-db-lo on the host, is there already")])
+    ({"name": "e" * 16}, "name: 'eeeeeeeeeeeeeeee': must have 1 to 15 bytes"),
+    ({"name": "lo"}, "name: 'lo': it, or veth-db-lo on the host, is there already")])
 def test_a_bad_attachment_leaves_nothing(net, spaces, change, text):
     host, web, db = spaces
     with net.attach(web):
         before = (names(host), names(db), net.pool.owners(), net.pool6.owners())
         with pytest.raises(errors.BadInput, match=f"^{text}"), net.attach(db, **change):
             pass
-        with pytest.raises(errors.BadInput, match="^owner: 'labs-web eth0': is in 10.42.0.0/24 already"), net.attach(web):
+        with pytest.raises(errors.BadInput, match="^owner: 'labs-web eth0': is in 10.42.0.0/24 already"), \
+                net.attach(web):
             pass
         assert (names(host), names(db), net.pool.owners(), net.pool6.owners()) == before
 
