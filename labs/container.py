@@ -127,7 +127,7 @@ class Container:
                  mounts: Sequence[Bind | tuple[str, str]] = (),
                  devices: Sequence[str] | None = device_rules.DEFAULT, run_as: Ids | None = None) -> None:
         if user and network:
-            raise BadInput("network", network, "sysfs of the host's network cannot be mounted in a user namespace")
+            raise BadInput("network", network, "a user namespace cannot mount the sysfs of another network")
         self.id = machine.new_name("c")
         name = self.id if hostname is None else hostname
         self.spec = Spec(
@@ -259,7 +259,7 @@ def _check_layers(rootfs: str | Sequence[str], user: object) -> tuple[str, ...]:
 
 def _check_network(network: bool | str) -> bool | str:
     if isinstance(network, str) and not os.path.exists(network):
-        raise BadInput("network", network, "no such network namespace")
+        raise BadInput("network", network, "must be True, False or the path of a network namespace")
     return network
 
 

@@ -54,7 +54,7 @@ class Pool(NamedTuple):
         hosts = parse(self.subnet)
         with self._locked() as owners:
             if owner in owners.values():
-                raise BadInput("owner", owner, f"has an address of {self.subnet} already")
+                raise BadInput("owner", owner, f"is in {self.subnet} already")
             wanted = host_of(hosts, address) if address else _free(hosts, {*owners, *self.taken}, self.subnet)
             if wanted in self.taken or wanted in owners:
                 raise BadInput("address", wanted, f"is taken by {owners.get(wanted, 'the network itself')}")

@@ -3,7 +3,7 @@
 A request is one message, and the kernel has answered it when the method returns.  A netlink socket
 belongs for ever to the network namespace that it was made in, whoever holds it: so a child enters the
 namespace, makes the socket there, and passes it back (SCM_RIGHTS, unix(7)).
-pyroute2's IPRoute would start an event loop, which a notebook has already; its IPRSocket does not.
+pyroute2 writes and reads the messages; its own sockets would start an event loop, which a notebook has already.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from pyroute2 import IPRSocket
+from pyroute2.common import AddrPool
 from pyroute2.iproute.linux import get_arguments_processor
 from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, rtnl
 from pyroute2.netlink.nlsocket import NetlinkRequest
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.nsidmsg import nsidmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from labs import process
 from labs.errors import KernelError
+from labs.monitor import close_all_but
 from labs.netns import Netns, enter
 
 # What a request is about: its message, and the types for new, delete and dump, <linux/rtnetlink.h>.
@@ -37,8 +40,9 @@ SUBJECTS = {
     "neigh": (ndmsg, rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH, rtnl.RTM_GETNEIGH),
 }
 VERBS = {"add": (1, "create"), "set": (1, "req"), "replace": (1, "replace"), "append": (1, "append"),
-         "del": (2, "req"), "dump": (3, "dump")}
-BUFFER = 1 << 16
+         "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
+BUFFER, MOST_FDS = 1 << 16, 64
+SOL_NETLINK, NETLINK_EXT_ACK = 270, 11  # <linux/socket.h>, <linux/netlink.h>
 IFF_UP = 0x1  # <linux/if.h>
 IFA_F_NODAD = 0x02  # <linux/if_addr.h>
 RT_TABLE_MAIN, RTN_UNICAST = 254, 1
@@ -50,8 +54,20 @@ NSID_NONE = 0xFFFFFFFF  # NETNSA_NSID_NOT_ASSIGNED, <linux/net_namespace.h>
 Message = Any  # a pyroute2 message: fields by [], attributes by get(), both under their kernel names
 
 
-class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
-    """A socket of the family NETLINK_ROUTE in one network namespace."""
+class Rtnl:
+    """A socket of the family NETLINK_ROUTE in one network namespace, with NETLINK_EXT_ACK: netlink(7)."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        # What pyroute2's requests ask of the socket that they are for.
+        self.marshal, self.addr_pool, self.epid, self.status = MarshalRtnl(), AddrPool(), 0, {"nlm_echo": False}
+
+    def __enter__(self) -> Rtnl:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
 
     def request(self, verb: str, subject: str, **settings: object) -> list[Message]:
         """Send one message and give the answers: request("add", "link", ifname="br0", kind="bridge").
@@ -72,7 +88,7 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
         message.encode()
         number = message["header"]["sequence_number"]
         try:
-            self.socket.send(message.data)
+            self._socket.send(message.data)
             answers = list(self._answers(number, step))
         finally:
             self.addr_pool.free(number, ban=0xFF)
@@ -82,7 +98,7 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
 
     def _answers(self, number: int, step: str) -> Iterator[Message]:
         while True:
-            for answer in self.marshal.parse(self.socket.recv(BUFFER)):
+            for answer in self.marshal.parse(self._socket.recv(BUFFER)):
                 head = answer["header"]
                 if head["sequence_number"] != number:
                     continue
@@ -94,11 +110,8 @@ class Rtnl(IPRSocket):  # type: ignore[misc]  # pyroute2 has no types
                 yield answer
 
     def index(self, name: str) -> int:
-        """The number of the link of that name: if_nametoindex(3)."""
-        for message in self.request("dump", "link"):
-            if message.get("ifname") == name:
-                return int(message["index"])
-        raise KernelError(f"find link {name}", errno.ENODEV)
+        """The number of the link of that name: if_nametoindex(3); KernelError ENODEV without one."""
+        return int(self.request("get", "link", ifname=name)[0]["index"])
 
     def delete_link(self, name: str) -> None:
         """Delete a link, if it is there still."""
@@ -116,25 +129,63 @@ def suppress_errno(*numbers: int) -> Iterator[None]:
             raise
 
 
+class Opener:
+    """A child that makes netlink sockets in other namespaces, as often as it is asked: a context manager.
+
+    It has no file but its socket, and goes back to its own namespace, so that it keeps no other one alive.
+    """
+
+    def __enter__(self) -> Opener:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._turn = threading.Lock()
+        with theirs:
+            self._child = process.fork(lambda: _make_sockets(theirs))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._control.close()
+        self._child.__exit__()
+
+    def open(self, descriptors: list[int]) -> list[int]:
+        """Descriptors of a netlink socket in each of the namespaces that descriptors stand for."""
+        with self._turn:
+            socket.send_fds(self._control, [b"?"], descriptors)
+            answer, made, _, _ = socket.recv_fds(self._control, 16, len(descriptors))
+        if not made:
+            raise KernelError("setns", int(answer or errno.ESRCH))
+        return made
+
+
+def _make_sockets(control: socket.socket) -> None:
+    """In the child: sockets for descriptors of namespaces, until the parent closes its end."""
+    os.setsid()  # where no Ctrl-C reaches it
+    close_all_but(control.fileno())
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+    while wanted := socket.recv_fds(control, 1, MOST_FDS)[1]:
+        try:
+            _answer(control, wanted)
+        except OSError as error:
+            control.send(b"%d" % (error.errno or 0))
+        enter(own)
+
+
+def _answer(control: socket.socket, wanted: list[int]) -> None:
+    with ExitStack() as closing:
+        made = []
+        for descriptor in wanted:
+            closing.callback(os.close, descriptor)
+            enter(descriptor)
+            made.append(closing.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)))
+        socket.send_fds(control, [b"!"], [one.fileno() for one in made])
+
+
 @contextmanager
-def connect(*namespaces: Netns) -> Iterator[tuple[Rtnl, ...]]:
-    """A socket in each of the namespaces, made by one child; BadInput when a namespace is gone."""
+def connect(*namespaces: Netns, opener: Opener | None = None) -> Iterator[tuple[Rtnl, ...]]:
+    """A socket in each of the namespaces, made by the opener or a child of its own; BadInput when one is gone."""
     with ExitStack() as stack:
         descriptors = [stack.enter_context(one.open()) for one in namespaces]
-        yield tuple(stack.enter_context(Rtnl(fileno=fd, ext_ack=True)) for fd in _sockets(descriptors))
-
-
-def _sockets(descriptors: list[int]) -> list[int]:
-    """Descriptors of netlink sockets in the namespaces that descriptors stand for."""
-    ours, theirs = socket.socketpair()
-    def child() -> None:
-        for descriptor in descriptors:
-            enter(descriptor)
-            made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            socket.send_fds(theirs, [b"!"], [made.fileno()])
-    with ours, theirs, process.fork(child) as maker:
-        maker.wait()
-        return [socket.recv_fds(ours, 1, 1)[1][0] for _ in descriptors]
+        maker = opener or stack.enter_context(Opener())
+        yield tuple(stack.enter_context(Rtnl(descriptor)) for descriptor in maker.open(descriptors))
 
 
 class Address(NamedTuple):

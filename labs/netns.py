@@ -7,6 +7,7 @@ caller's own process never enters one: a forked child does.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from labs.errors import BadInput, ChildFailed, CommandNotFound, KernelError, Tim
 
 T = TypeVar("T")
 DIRECTORY = "/run/netns"
+NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -39,9 +41,11 @@ class Netns(NamedTuple):
         """A file descriptor of the namespace; BadInput when it is gone."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadInput("namespace", self.name, "no such network namespace: it is gone") from error
+        except OSError:
+            raise BadInput("namespace", self.name, "no such network namespace: is it gone?") from None
         try:
+            if _kind(descriptor) != syscalls.CLONE_NEWNET:
+                raise BadInput("namespace", self.name, "is no network namespace: is it gone?")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -89,6 +93,14 @@ class Netns(NamedTuple):
         if value is not None:
             self.call(machine.write_file, path, str(value))
         return self.call(machine.read_file, path).strip()
+
+
+def _kind(descriptor: int) -> int:
+    """The CLONE_NEW* bit of a namespace's file, 0 for any other file: ioctl_nsfs(2)."""
+    try:
+        return fcntl.ioctl(descriptor, NS_GET_NSTYPE)
+    except OSError:  # ENOTTY; a name whose mount is gone is an empty file
+        return 0
 
 
 def enter(descriptor: int) -> None:

@@ -18,26 +18,12 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
-from labs import ipam, machine
+from labs import ipam, machine, netlink
 from labs.errors import BadInput, KernelError
-from labs.netlink import (
-    IFA_F_NODAD,
-    Address,
-    Link,
-    Neighbour,
-    Route,
-    Rtnl,
-    addresses,
-    connect,
-    links,
-    neighbours,
-    nsid,
-    routes,
-    suppress_errno,
-)
+from labs.netlink import Address, Link, Neighbour, Route, addresses, links, neighbours, nsid, routes
 from labs.netns import Netns, namespace
 
 __all__ = ["Address", "Attachment", "Link", "Neighbour", "Netns", "Network", "Route", "addresses", "bridge", "links",
@@ -61,19 +47,10 @@ def check_mtu(mtu: int) -> int:
     return mtu
 
 
-@contextmanager
-def naming(name: str, where: Netns) -> Iterator[None]:
-    """A link that is there already is the caller's mistake, not the kernel's."""
-    try:
-        yield
-    except KernelError as error:
-        if error.errno != errno.EEXIST:
-            raise
-        raise BadInput("name", name, f"{where.name} has a link of that name") from None
-
-
-def _absent(kernel: Rtnl, name: str, where: Netns) -> None:
-    if name in (message.get("ifname") for message in kernel.request("dump", "link")):
+def _absent(kernel: netlink.Rtnl, name: str, where: Netns) -> None:
+    """A name in use is BadInput, said before anything is made."""
+    with netlink.suppress_errno(errno.ENODEV):
+        kernel.index(check_link(name))
         raise BadInput("name", name, f"{where.name} has a link of that name")
 
 
@@ -81,14 +58,14 @@ def _absent(kernel: Rtnl, name: str, where: Netns) -> None:
 def veth(a: Netns, name_a: str, b: Netns, name_b: str, *, mtu: int = 1500) -> Iterator[tuple[Link, Link]]:
     """A veth pair, one end in each namespace, both up: veth(4).  Deleting one end deletes the other."""
     machine.require()
-    with connect(a, b) as (near, far), b.open() as there:
-        _absent(far, check_link(name_b), b)
-        with naming(check_link(name_a), a):
-            near.request("add", "link", ifname=name_a, kind="veth", state="up", mtu=check_mtu(mtu),
-                         peer={"ifname": name_b, "net_ns_fd": there, "mtu": mtu})
+    with netlink.connect(a, b) as (near, far), b.open() as there:
+        _absent(near, name_a, a)
+        _absent(far, name_b, b)
+        near.request("add", "link", ifname=name_a, kind="veth", state="up", mtu=check_mtu(mtu),
+                     peer={"ifname": name_b, "net_ns_fd": there, "mtu": mtu})
     with ExitStack() as undo:
         undo.callback(_delete, a, name_a)
-        with connect(b) as (far,):
+        with netlink.connect(b) as (far,):
             far.request("set", "link", ifname=name_b, state="up")
         yield _find(a, name_a), _find(b, name_b)
 
@@ -97,11 +74,10 @@ def _find(where: Netns, name: str) -> Link:
     return next(link for link in links(where) if link.name == name)
 
 
-def _delete(where: Netns, name: str) -> None:
-    """Delete a link; where its namespace is gone, the kernel has done so."""
-    if os.path.exists(where.path):
-        with connect(where) as (kernel,):
-            kernel.delete_link(name)
+def _delete(where: Netns, name: str, opener: netlink.Opener | None = None) -> None:
+    """Delete a link, unless its namespace is gone: then the kernel has done so."""
+    with suppress(BadInput), netlink.connect(where, opener=opener) as (kernel,):
+        kernel.delete_link(name)
 
 
 @contextmanager
@@ -110,7 +86,8 @@ def bridge(ns: Netns, name: str = "br0", *, address: str = "", mtu: int = 1500) 
     machine.require()
     given = _interface(address) if address else None
     with ExitStack() as undo:
-        with connect(ns) as (kernel,), naming(check_link(name), ns):
+        with netlink.connect(ns) as (kernel,):
+            _absent(kernel, name, ns)
             kernel.request("add", "link", ifname=name, kind="bridge", mtu=check_mtu(mtu), state="up",
                            **({"address": mac_of(given.ip)} if given else {}))
             undo.callback(_delete, ns, name)
@@ -134,9 +111,9 @@ def mac_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed[-4:]))
 
 
-def _add_address(kernel: Rtnl, index: int, given: Interface) -> None:
+def _add_address(kernel: netlink.Rtnl, index: int, given: Interface) -> None:
     """`ip addr add`; IPv6 without duplicate address detection, for the pool knows who has what."""
-    flags = IFA_F_NODAD if given.version == 6 else 0
+    flags = netlink.IFA_F_NODAD if given.version == 6 else 0
     kernel.request("add", "addr", index=index, address=str(given.ip), prefixlen=given.network.prefixlen, flags=flags)
 
 
@@ -155,7 +132,9 @@ class Network(NamedTuple):
     """A bridge in a host namespace, a subnet, and who has which address of it."""
 
     host: Netns
+    opener: netlink.Opener
     name: str
+    bridge: int
     pool: ipam.Pool
     pool6: ipam.Pool | None
     gateway: str
@@ -173,34 +152,37 @@ class Network(NamedTuple):
         machine.require()
         check_link(name)
         with ExitStack() as undo:
-            lease, lease6 = self._lease(undo, f"{target.name} {name}", address)
-            host_link = host_end(target.name, name)
-            made = Attachment(str(lease), str(lease6 or ""), "" if self.internal else self.gateway,
-                              mac_of(lease.ip), host_link, name)
-            with connect(self.host, target) as (host, inside), target.open() as there:
-                self._plug(undo, host, inside, made, there, target)
-                self._configure(inside, made, [one for one in (lease, lease6) if one])
+            leases = self._lease(undo, f"{target.name} {name}", address)
+            made = Attachment(str(leases[0]), str(leases[1]) if self.pool6 else "",
+                              "" if self.internal else self.gateway, mac_of(leases[0].ip),
+                              host_end(target.name, name), name)
+            with netlink.connect(self.host, target, opener=self.opener) as (host, inside), target.open() as there:
+                self._plug(host, made, there)
+                undo.callback(_delete, self.host, made.host_link, self.opener)
+                self._configure(inside, made, leases)
             yield made
 
-    def _lease(self, undo: ExitStack, owner: str, address: str) -> tuple[Interface, Interface | None]:
-        found = []
-        for pool, wanted in ((self.pool, address), (self.pool6, "")):
-            if pool:
-                one = pool.allocate(owner, wanted)
-                undo.callback(pool.release, owner)
-                found.append(_interface(f"{one}/{pool.subnet.partition('/')[2]}"))
-        return found[0], found[1] if len(found) > 1 else None
+    def _lease(self, undo: ExitStack, owner: str, address: str) -> list[Interface]:
+        """An address of each pool, with its prefix length."""
+        found: list[Interface] = []
+        for pool in filter(None, (self.pool, self.pool6)):
+            one = pool.allocate(owner, "" if found else address)
+            undo.callback(pool.release, owner)
+            found.append(_interface(f"{one}/{pool.subnet.partition('/')[2]}"))
+        return found
 
-    def _plug(self, undo: ExitStack, host: Rtnl, inside: Rtnl, made: Attachment, there: int, target: Netns) -> None:
+    def _plug(self, host: netlink.Rtnl, made: Attachment, there: int) -> None:
         """`ip link add VETH-NAME master BR up type veth peer name eth0 netns TARGET`, in one message."""
-        _absent(inside, made.link, target)
-        with naming(made.host_link, self.host):
+        try:
             host.request("add", "link", ifname=made.host_link, kind="veth", mtu=self.mtu, state="up",
-                         master=host.index(self.name),
+                         master=self.bridge,
                          peer={"ifname": made.link, "net_ns_fd": there, "mtu": self.mtu, "address": made.mac})
-        undo.callback(_delete, self.host, made.host_link)
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            raise BadInput("name", made.link, f"it, or {made.host_link} on the host, is there already") from None
 
-    def _configure(self, inside: Rtnl, made: Attachment, leases: list[Interface]) -> None:
+    def _configure(self, inside: netlink.Rtnl, made: Attachment, leases: list[Interface]) -> None:
         """Inside: the addresses, `ip link set eth0 up`, and the default routes."""
         index = inside.index(made.link)
         for lease in leases:
@@ -208,7 +190,7 @@ class Network(NamedTuple):
         inside.request("set", "link", index=index, state="up")
         for gateway in () if self.internal else filter(None, (self.gateway, self.gateway6)):
             family = socket.AF_INET6 if ":" in gateway else socket.AF_INET
-            with suppress_errno(errno.EEXIST):  # an earlier network's default route stays
+            with netlink.suppress_errno(errno.EEXIST):  # an earlier network's default route stays
                 inside.request("add", "route", family=family, dst="default", gateway=gateway)
 
 
@@ -228,15 +210,16 @@ def network(host: Netns, name: str = "br0", subnet: str = "10.42.0.0/24", *, sub
     subnet that overlaps a route of the host, a name that is too long or in use, an MTU out of range.
     """
     machine.require()
+    check_link(name)
     gateways = [_gateway(one, wanted, host) for one, wanted in ((subnet, gateway), (subnet6, "")) if one]
-    pools = [ipam.Pool(str(one.network), (str(one.ip),), f"{host.name}-{check_link(name)}") for one in gateways]
+    pools = [ipam.Pool(str(one.network), (str(one.ip),), f"{host.name}-{name}") for one in gateways]
     second, pool6 = (gateways[1], pools[1]) if subnet6 else (None, None)
-    with bridge(host, name, address=str(gateways[0]), mtu=mtu):
+    with bridge(host, name, address=str(gateways[0]), mtu=mtu) as made, netlink.Opener() as opener:
         if second:
-            with connect(host) as (kernel,):
-                _add_address(kernel, kernel.index(name), second)
-        yield Network(host, name, pools[0], pool6, str(gateways[0].ip), str(second.ip) if second else "", mtu,
-                      internal)
+            with netlink.connect(host, opener=opener) as (kernel,):
+                _add_address(kernel, made.index, second)
+        yield Network(host, opener, name, made.index, pools[0], pool6, str(gateways[0].ip),
+                      str(second.ip) if second else "", mtu, internal)
 
 
 def _gateway(subnet: str, wanted: str, host: Netns) -> Interface:

@@ -135,6 +135,14 @@ def test_network_is_a_loopback_of_its_own():
         assert namespaces.same("self", box.pid)["net"]
 
 
+def test_network_may_be_another_containers():
+    with sleeping() as first, sleeping(network=f"/proc/{first.pid}/ns/net") as second:
+        same = namespaces.same(first.pid, second.pid)
+        assert (same["net"], same["mnt"]) == (True, False)
+        script = "ls /sys/class/net; cat /sys/class/net/lo/flags; readlink /proc/self/ns/net"
+        assert in_container(second, script) == f"lo\n0x9\n{os.readlink(f'/proc/{first.pid}/ns/net')}\n"
+
+
 def test_the_cgroup_namespaces_root_is_the_containers_group():
     with sleeping() as box:
         assert box.cgroup.procs() == [box.pid]
@@ -310,6 +318,8 @@ def test_the_end_of_process_1_ends_all():
     ({"hostname": ""}, "hostname: ''"), ({"env": {"A=B": "x"}}, "env: "), ({"env": {"A": 1}}, "env: "),
     ({"mounts": [("/nowhere", "/x")]}, "mounts: '/nowhere'"), ({"mounts": [("/etc", "x")]}, "mounts: 'x'"),
     ({"devices": ["c 1"]}, "devices: 'c 1'"), ({"user": True, "network": True}, "network: True"),
+    ({"user": True, "network": "/proc/1/ns/net"}, "network: '/proc/1/ns/net'"),
+    ({"network": "/nowhere"}, "network: '/nowhere': must be True, False or the path of a network namespace"),
     ({"user": (0, 5000, 1)}, "user: \\(0, 5000, 1\\)"), ({"user": (1, 5000, 10)}, "user: ")])
 def test_bad_input_is_one_line_with_field_value_and_rule(options, text):
     with pytest.raises(errors.BadInput, match=f"^{text}") as caught:
@@ -334,6 +344,9 @@ def test_a_failing_step_comes_with_its_name_errno_and_path():
     with pytest.raises(errors.ChildFailed) as caught:
         run("true", cwd="/nowhere")
     assert (caught.value.step, caught.value.errno, caught.value.path) == ("chdir", 2, "/nowhere")
+    with pytest.raises(errors.ChildFailed, match="^setns: Invalid argument"):
+        run("true", network="/proc/self/ns/uts")
+    assert left_behind() == []
 
 
 def test_a_rootfs_without_mount_points_gets_them(tmp_path):
