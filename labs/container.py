@@ -14,12 +14,10 @@ monitor (PR_SET_PDEATHSIG).  Nothing is imported after the fork.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 import stat
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
@@ -31,7 +29,6 @@ from labs.monitor import Channels, Monitor, Report, close_all_but, tell, watch
 
 SUBORDINATE: namespaces.Map = (0, 100_000, 65_536)
 TTY_GROUP = 5
-SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40  # <linux/sockios.h>, <linux/if.h>
 
 
 class Usage(NamedTuple):
@@ -79,7 +76,7 @@ class Spec(NamedTuple):
     cwd: str
     user: namespaces.Map | None
     time_offset: int | None
-    network: bool
+    network: bool | str
     readonly: bool
     init: bool
     binds: list[Bind]
@@ -92,7 +89,7 @@ def run(argv: Sequence[str], *, rootfs: str | Sequence[str] = "busybox", hostnam
         memory: int | str | None = None, swap: int | str | None = None, cpus: float | None = None,
         pids: int | None = None, env: Mapping[str, str] | None = None, cwd: str = "/", stdin: bytes = b"",
         timeout: float = 60, user: bool | namespaces.Map = False, time_offset: int | None = None,
-        network: bool = False, readonly: bool = False, init: bool = False,
+        network: bool | str = False, readonly: bool = False, init: bool = False,
         mounts: Sequence[Bind | tuple[str, str]] = (),
         devices: Sequence[str] | None = device_rules.DEFAULT, run_as: Ids | None = None) -> Result:
     """Run a command in a container of its own and remove it: the arguments are those of Container.
@@ -115,8 +112,9 @@ class Container:
     image.unpack_layers gives them).  run_as: the ids of the command; root without.  memory, swap: bytes or "64M";
     cpus: processors; pids: tasks.  user: True for a user namespace whose ids are SUBORDINATE, or a map
     row.  time_offset: seconds added to the monotonic and boot clocks.  network: False for a network
-    namespace with only loopback, True for the host's.  init: a small init as process 1.  mounts: Bind
-    or (source, target).  devices: rules of the device controller, None for no filter.
+    namespace with only loopback, True for the host's, a path (network.Netns.path, /proc/PID/ns/net) for one that is
+    there.  init: a small init as process 1.  mounts: Bind or (source, target).  devices: rules of the device
+    controller, None for no filter.
     Output goes to pipes of 1 MiB, which wait() and logs() empty: a command that writes more while nobody
     calls them blocks in write(2) until somebody does.
     """
@@ -125,7 +123,7 @@ class Container:
                  memory: int | str | None = None, swap: int | str | None = None, cpus: float | None = None,
                  pids: int | None = None, env: Mapping[str, str] | None = None, cwd: str = "/",
                  stdin: bytes = b"", user: bool | namespaces.Map = False, time_offset: int | None = None,
-                 network: bool = False, readonly: bool = False, init: bool = False,
+                 network: bool | str = False, readonly: bool = False, init: bool = False,
                  mounts: Sequence[Bind | tuple[str, str]] = (),
                  devices: Sequence[str] | None = device_rules.DEFAULT, run_as: Ids | None = None) -> None:
         if user and network:
@@ -135,7 +133,7 @@ class Container:
         self.spec = Spec(
             process.check_argv(argv), _check_layers(rootfs, user), _check_hostname(name),
             cgroup.limits(memory, swap, cpus, pids), _environment(name, env), _absolute("cwd", cwd),
-            _check_user(user), time_offset, network, readonly, init,
+            _check_user(user), time_offset, _check_network(network), readonly, init,
             [_check_bind(bind) for bind in mounts], None if devices is None else tuple(devices), run_as)
         self.upper = f"{machine.DATA}/{self.id}/upper"
         self.cgroup = cgroup.Cgroup(f"{machine.CGROUP}/{self.id}")
@@ -259,6 +257,12 @@ def _check_layers(rootfs: str | Sequence[str], user: object) -> tuple[str, ...]:
     return tuple(machine.rootfs(one) for one in layers)
 
 
+def _check_network(network: bool | str) -> bool | str:
+    if isinstance(network, str) and not os.path.exists(network):
+        raise BadInput("network", network, "no such network namespace")
+    return network
+
+
 def _check_user(user: bool | namespaces.Map) -> namespaces.Map | None:
     ids = SUBORDINATE if user is True else user or None
     if ids and (ids[0] != 0 or ids[2] <= TTY_GROUP):
@@ -366,17 +370,27 @@ def _process_one(spec: Spec, layer: str, gate: socket.socket | None, errors: int
     os.setsid()
     syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     os.umask(0)
+    if isinstance(spec.network, str):
+        _join_network(spec.network)
     _enter_root(spec, layer, lower)
     syscalls.sethostname(spec.hostname)
     if not spec.network:
-        _loopback_up()
+        namespaces.loopback_up()
     return _execute(spec, errors)
+
+
+def _join_network(path: str) -> None:
+    """setns(2), before /sys is mounted: a sysfs shows the network namespace of whoever mounted it, sysfs(5)."""
+    with process.step("join network"):
+        descriptor = os.open(path, os.O_RDONLY)
+    syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
+    os.close(descriptor)
 
 
 def _process_joining(pidfd: int, spec: Spec, errors: int) -> int:
     """Turn the child of clone3(2) into a further process of the container."""
     kinds = ["uts", "mnt", "ipc", "cgroup"]
-    kinds += [] if spec.network else ["net"]
+    kinds += [] if spec.network is True else ["net"]
     kinds += ["user"] if spec.user else []
     kinds += [] if spec.time_offset is None else ["time"]
     syscalls.setns(pidfd, namespaces.flags(kinds))
@@ -511,10 +525,3 @@ def _hide() -> None:
     for path in filter(os.path.exists, mounts.READONLY):
         syscalls.mount(path, path, None, syscalls.MS_BIND | syscalls.MS_REC)
         mounts.make_readonly(path, recursive=True)
-
-
-def _loopback_up() -> None:
-    """Set lo up in a new network namespace: netdevice(7)."""
-    request = struct.pack("16sH14x", b"lo", IFF_UP | IFF_RUNNING)
-    with process.step("lo up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)

@@ -30,6 +30,8 @@ TMP = "/tmp"  # noqa: S108  only looked at
 CHURN_FILES = ("systemd-private-", ".", "ssh-", "pytest-of-", "tmp.")
 # Podman binds its store onto itself while it runs, and lets it go at a time of its own.
 PODMAN_STORE = "/var/lib/containers/storage/overlay"
+# The first `ip netns add` of a machine binds this onto itself, and leaves it so: ip-netns(8).
+NETNS_DIRECTORY = "/run/netns"
 CHURN_MOUNTS = ("/run/user/", "/proc/sys/fs/binfmt_misc", "/run/credentials/")
 
 
@@ -69,7 +71,7 @@ def snapshot(full: bool = False) -> Snapshot:
         frozenset(_namespaces(running)),
         frozenset(f"link {name}" for name in os.listdir("/sys/class/net")),
         frozenset(f"mount {m.fstype} {m.target}" for m in mounts.table()
-                  if not m.target.startswith(CHURN_MOUNTS) and m.target != PODMAN_STORE),
+                  if not m.target.startswith(CHURN_MOUNTS) and m.target not in (PODMAN_STORE, NETNS_DIRECTORY)),
         frozenset(f"cgroup {path}" for path in _cgroups()),
         frozenset(f"process {name} ({_service(pid) or pid})" for pid, name in running.items()),
         frozenset(f"file {path}" for path in _files()),

@@ -6,7 +6,10 @@ forked child does.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, TypeVar
@@ -16,6 +19,7 @@ from labs.errors import BadInput
 
 T = TypeVar("T")
 Map = tuple[int, int, int]
+SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40  # <linux/sockios.h>, <linux/if.h>
 
 FLAGS = {
     "uts": syscalls.CLONE_NEWUTS,
@@ -99,6 +103,13 @@ def call_in(pid: int, kinds: Sequence[str], fn: Callable[..., T], *args: object)
         enter(pid, kinds)
         return process.call(fn, *args) if "pid" in kinds else fn(*args)
     return process.call(visit)
+
+
+def loopback_up() -> None:
+    """Set lo up in the network namespace that a forked child is in: netdevice(7)."""
+    request = struct.pack("16sH14x", b"lo", IFF_UP | IFF_RUNNING)
+    with process.step("lo up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
 
 
 class Maps(NamedTuple):
