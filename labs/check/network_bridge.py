@@ -66,6 +66,10 @@ def _json(argv: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _ipv4(wire: Wire) -> list[ipaddress.IPv4Interface]:
+    return [ipaddress.IPv4Interface(address) for address in wire.link.addresses if ":" not in address]
+
+
 def _default(path: str) -> str:
     """The gateway of the default route in a namespace, or ""."""
     rows = _json(["nsenter", f"--net={path}", "ip", "-j", "-4", "route", "show", "default"])
@@ -93,8 +97,7 @@ def repaired() -> Steps:
         yield from _speaks(name, table[name, "eth0"])
     for name in (TEA, CUP):
         yield from _plugged(name, table[name, "eth0"], {wire.key: wire for wire in table.values()})
-    bridge = table[LAN, "br0"].link.addresses
-    yield "10.43.0.1/24" in bridge, "`br0` のアドレス 10.43.0.1/24 がなくなりました。LAN の中から見た出口です。"
+    yield "10.43.0.1/24" in map(str, _ipv4(table[LAN, "br0"])), "`br0` のアドレス 10.43.0.1/24 がなくなりました。LAN の中から見た出口です。"
     for name in (TEA, CUP):
         yield from _way_out(name)
     for name, address in ((TEA, "10.43.0.3"), (CUP, "10.43.0.2"), (TEA, OUTSIDE), (CUP, OUTSIDE)):
@@ -105,14 +108,14 @@ def repaired() -> Steps:
 def _speaks(name: str, wire: Wire) -> Iterator[tuple[bool, str]]:
     link = wire.link
     yield link.up, f"`{name}` の `eth0` が down のままです。アドレスがあっても、経路表には何も入りません。"
-    ours = [address for address in link.addresses if ipaddress.ip_interface(address).ip in SUBNET]
+    ours = [address for address in _ipv4(wire) if address.ip in SUBNET]
     yield bool(ours), f"`{name}` の `eth0` に、10.43.0.0/24 のアドレスがありません。"
-    wide = [address for address in ours if ipaddress.ip_interface(address).network == SUBNET]
+    wide = [address for address in ours if address.network == SUBNET]
     yield bool(wide), f"`{name}` のアドレスは `{ours[0]}` です。この長さのプレフィックスでは、同じ LAN の相手への経路ができません。"
 
 
 def _plugged(name: str, wire: Wire, by_key: dict[tuple[str, int], Wire]) -> Iterator[tuple[bool, str]]:
-    yield wire.other in by_key, f"`{name}` のケーブルのもう片端が、`{LAN}` にありません。"
+    yield wire.other is not None and wire.other[0] == LAN, f"`{name}` のケーブルのもう片端が、`{LAN}` にありません。"
     end = by_key[wire.other or wire.key]
     yield end.link.up, f"`{LAN}` の `{end.link.name}` が down です。ケーブルは、両端が up で初めて通じます。"
     port = f"`{LAN}` の `{end.link.name}` は、どの bridge のポートでもありません。`{name}` の ARP は、そこで行き止まりです。"
@@ -137,20 +140,21 @@ def attached(pid: int, *spaces: Netns | str) -> Steps:
     table = _table(box, *spaces)
     inside = [wire for key, wire in table.items() if key[0] == "box" and wire.link.name != "lo"]
     yield bool(inside), _not_moved(table)
-    yield inside[0].link.name == "eth0", f"中の片端の名前が `{inside[0].link.name}` です。移すときに `name eth0` と付けられます。"
-    eth0 = inside[0]
+    eth0 = table.get(("box", "eth0"), inside[0])
+    yield eth0.link.name == "eth0", f"中の片端の名前が `{eth0.link.name}` です。移すときに `name eth0` と付けられます。"
     host = [wire for wire in table.values() if wire.space != "box"]
     yield eth0.link.kind == "veth" and eth0.other in {wire.key for wire in host}, "`eth0` のもう片端が、`labs-host` に見当たりません。"
     end = next(wire for wire in host if wire.key == eth0.other)
     yield end.link.master == "br0", f"ホスト側の `{end.link.name}` が、まだ `br0` のポートではありません。"
     yield end.link.up, f"ホスト側の `{end.link.name}` が down です。"
     yield eth0.link.up, "コンテナの `eth0` が down です。namespace を移ると、リンクは down に戻ります。"
-    bridge = next(wire.link for wire in host if wire.key == end.master)
-    yield from _addressed(eth0, bridge.addresses, [address for wire in host for address in wire.link.addresses])
-    gateway, expected = _default(box.path), bridge.addresses[0].partition("/")[0]
+    bridge = next(_ipv4(wire) for wire in host if wire.key == end.master)
+    yield bool(bridge), "`br0` のアドレスがなくなりました。このノートブックを、初めから実行し直してください。"
+    yield from _addressed(_ipv4(eth0), bridge[0], {address.ip for wire in host for address in _ipv4(wire)})
+    gateway, expected = _default(box.path), str(bridge[0].ip)
     yield gateway == expected, f"既定の経路が{f' {gateway} へ向かっています' if gateway else 'ありません'}。出口は `br0` の {expected} です。"
     yield _answers(box.path, expected), f"{expected} への ping に返事がありません。"
-    return "動いているプロセスは何も知らないまま、ネットワークにつながりました。Docker が毎回していることの全部です。"
+    return "動いているプロセスは何も知らないまま、ネットワークにつながりました。コンテナを起動するたびに Docker がしていることの骨組みです。"
 
 
 def _not_moved(table: dict[tuple[str, str], Wire]) -> str:
@@ -160,13 +164,11 @@ def _not_moved(table: dict[tuple[str, str], Wire]) -> str:
     return "コンテナの中には、まだ `lo` しかありません。veth の片端を、そのプロセスがいる namespace に置きます。"
 
 
-def _addressed(wire: Wire, bridge: tuple[str, ...], taken: list[str]) -> Iterator[tuple[bool, str]]:
-    subnet = ipaddress.ip_interface(bridge[0]).network
-    own = [ipaddress.ip_interface(address) for address in wire.link.addresses]
+def _addressed(own: list[ipaddress.IPv4Interface], bridge: ipaddress.IPv4Interface,
+               used: set[ipaddress.IPv4Address]) -> Iterator[tuple[bool, str]]:
     yield bool(own), "`eth0` にアドレスがありません。namespace を移ると、付けてあったアドレスも消えます。"
-    used = {ipaddress.ip_interface(address).ip for address in taken}
     yield own[0].ip not in used, f"{own[0].ip} は、もうほかのリンクが使っています。ARP に二人が答えてしまいます。"
-    yield own[0].network == subnet, f"`eth0` のアドレスは `{own[0]}` です。`br0` と同じ {subnet} の中から、同じ長さのプレフィックスで選んでください。"
+    yield own[0].network == bridge.network, f"`eth0` のアドレスは `{own[0]}` です。`br0` と同じ {bridge.network} の中から、同じ長さのプレフィックスで選んでください。"
 
 
 @exercise
@@ -174,16 +176,18 @@ def separated(host: str, first: str, second: str, third: str) -> Steps:
     """Nothing passes between first and second; both still talk to third and to the host's bridge."""
     table = _table(host, first, second, third)
     by_key = {wire.key: wire for wire in table.values()}
+    wanted = {host: "br0", first: "eth0", second: "eth0", third: "eth0"}
+    lost = [name for name in wanted.items() if name not in table or not _ipv4(table[name])]
+    yield not lost, f"{''.join(f'`{name}` の `{link}`' for name, link in lost[:1])} か、そのアドレスがなくなりました。初めから実行し直してください。"
     ends = [by_key[table[name, "eth0"].other or (host, 0)] for name in (first, second, third)]
     unplugged = [wire.link.name for wire in ends if not (wire.link.up and wire.link.master == "br0")]
     yield not unplugged, f"`{''.join(unplugged[:1])}` を bridge から外すと、だれとも話せなくなります。ポートはつないだままにしてください。"
-    address = {name: table[name, "eth0"].link.addresses[0].partition("/")[0] for name in (first, second, third)}
-    gateway = table[host, "br0"].link.addresses[0].partition("/")[0]
+    address = {name: str(_ipv4(table[name, link])[0].ip) for name, link in wanted.items()}
     isolated = [wire.link.name for wire in ends if _isolated(host, wire.link.name)]
     passes = _answers(f"/run/netns/{first}", address[second])
     yield not passes, _still_passes(first, second, isolated)
     for name in (first, second):
-        for goal in (gateway, address[third]):
+        for goal in (address[host], address[third]):
             yield _answers(f"/run/netns/{name}", goal), _too_much(name, goal, ends[2].link.name in isolated)
     return "同じ bridge の上でも、ポートの印一つで、隣だけを見えなくできました。フレームは bridge の中で捨てられています。"
 
