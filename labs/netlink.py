@@ -43,7 +43,7 @@ VERBS = {"add": (1, "create"), "set": (1, "req"), "replace": (1, "replace"), "ap
          "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
 BUFFER, MOST_FDS = 1 << 16, 64
 SOL_NETLINK, NETLINK_EXT_ACK = 270, 11  # <linux/socket.h>, <linux/netlink.h>
-IFF_UP = 0x1  # <linux/if.h>
+IFF_UP, IFF_LOWER_UP = 0x1, 0x10000  # <linux/if.h>
 IFA_F_NODAD = 0x02  # <linux/if_addr.h>
 RT_TABLE_MAIN, RTN_UNICAST = 254, 1
 SCOPES = {0: "global", 200: "site", 253: "link", 254: "host", 255: "nowhere"}  # enum rt_scope_t
@@ -199,13 +199,15 @@ class Address(NamedTuple):
 class Link(NamedTuple):
     """A link: peer is the ifindex of a veth's other end (or of what a macvlan or VLAN stands on), 0 if none.
 
-    peer_ns is the nsid, in this namespace, of the one that the peer is in; None: this one.
+    peer_ns is the nsid, in this namespace, of the one that the peer is in; None: this one.  carrier: the other end
+    is up too, as IFF_LOWER_UP says (netdevice(7)).
     """
 
     index: int  # type: ignore[assignment]  # tuple.index() is of no use here
     name: str
     kind: str
     up: bool
+    carrier: bool
     mac: str
     mtu: int
     master: str
@@ -236,9 +238,14 @@ class Neighbour(NamedTuple):
 def links(ns: Netns) -> list[Link]:
     """The links of a namespace, in the order they were made."""
     with connect(ns) as (kernel,):
-        found = kernel.request("dump", "link")
-        held = _addresses(kernel, _names(found))
+        return read_links(kernel)
+
+
+def read_links(kernel: Rtnl) -> list[Link]:
+    """The links of the socket's namespace, in the order they were made."""
+    found = kernel.request("dump", "link")
     names = _names(found)
+    held = _addresses(kernel, names)
     return [_link(message, names, held) for message in found]
 
 
@@ -249,7 +256,8 @@ def _names(found: list[Message]) -> dict[int, str]:
 def _link(message: Message, names: dict[int, str], held: list[Address]) -> Link:
     name, kind = message.get("ifname"), message.get(("linkinfo", "kind")) or ""
     return Link(message["index"], name, kind or ("loopback" if name == "lo" else ""),
-                bool(message["flags"] & IFF_UP), message.get("address") or "", message.get("mtu"),
+                bool(message["flags"] & IFF_UP), bool(message["flags"] & IFF_LOWER_UP),
+                message.get("address") or "", message.get("mtu"),
                 names.get(message.get("master") or 0, ""), message.get("link") or 0, message.get("link_netnsid"),
                 tuple(one.address for one in held if one.link == name))
 
@@ -292,7 +300,13 @@ def neighbours(ns: Netns) -> list[Neighbour]:
 
 def nsid(ns: Netns, other: Netns) -> int | None:
     """The number by which ns knows the namespace other, if it has one: `ip netns list-id`, Link.peer_ns."""
-    with connect(ns) as (kernel,), other.open() as descriptor:
+    with connect(ns) as (kernel,):
+        return read_nsid(kernel, other)
+
+
+def read_nsid(kernel: Rtnl, other: Netns) -> int | None:
+    """The number by which the socket's namespace knows the other one: RTM_GETNSID, rtnetlink(7)."""
+    with other.open() as descriptor:
         message = nsidmsg()
         message["attrs"] = [("NETNSA_FD", descriptor)]
         ask = NetlinkRequest(kernel, message, msg_type=rtnl.RTM_GETNSID, msg_flags=NLM_F_REQUEST | NLM_F_ACK)

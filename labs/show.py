@@ -30,6 +30,8 @@ from labs.namespaces import KINDS, of
 SVG = "http://www.w3.org/2000/svg"
 # The site defines --labs-f1 … for light and dark pages; these are for JupyterLab, which knows no such variables.
 TINTS = ("#e3eefa", "#fdf0d5", "#e2f3e5", "#efe6fa", "#fbe5e5", "#eceff3")
+# What is new in a diagram.
+FRESH = "#1d5b94"
 # The names that labs (six hexadecimal digits), Docker and Podman (12 to 64) make up.
 RANDOM_NAME = re.compile(r"(labs-[a-z]+-)[0-9a-f]{6}\b|([-/])[0-9a-f]{12,64}(?![0-9a-z])")
 
@@ -174,6 +176,67 @@ def graph(
     said = {key: ", ".join(lines) for key, lines in boxes.items()}
     alt = "\n".join([title, *(f"{said[start]} → {said[end]}" for start, end in arrows)])
     return Picture(alt, _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt))
+
+
+class Box(NamedTuple):
+    """One box of a diagram: its lines of text, and how it looks.
+
+    Attributes:
+        lines: the text, first line first.
+        faded: drawn dashed, for what is there but does nothing (a link that is down).
+        fresh: outlined in colour, for what was not there before.
+    """
+
+    lines: tuple[str, ...]
+    faded: bool = False
+    fresh: bool = False
+
+
+class Join(NamedTuple):
+    """A line of a diagram between two boxes, by key: no arrow; the first one is drawn above the second one."""
+
+    first: str
+    second: str
+    bold: bool = False
+    fresh: bool = False
+
+
+def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Picture:
+    """Draw boxes in labelled dashed frames, joined by lines within and across the frames.
+
+    Args:
+        alt: what the picture says, in words.
+        frames: label of a frame → key of a box → the box, in the order in which they are drawn.
+        joins: the lines, by key.
+    """
+    keys = [key for boxes in frames.values() for key in boxes]
+    drawing, names = _digraph("TB"), {key: f"n{number}" for number, key in enumerate(keys)}
+    drawing.attr(ranksep="0.45")
+    for number, (label, boxes) in enumerate(frames.items()):
+        # Lines come from above: there they would cross the label.
+        frame = {"label": _escape(label), "labelloc": "b" if number else "t", "style": "dashed", "margin": "7"}
+        with drawing.subgraph(name=f"cluster_{number}", graph_attr=frame | {"labeljust": "l"}) as inner:
+            for key, box in boxes.items():
+                style = "dashed" if box.faded else "rounded"
+                inner.node(names[key], "\n".join(map(_escape, box.lines)), style=style, **_fresh(box.fresh))
+    for join in joins:
+        width = {"penwidth": "2.5" if join.bold else "1"}
+        drawing.edge(names[join.first], names[join.second], dir="none", **_fresh(join.fresh) | width)
+    for key in _alone(frames, joins):
+        drawing.edge(names[keys[0]], names[key], style="invis", minlen="2")
+    svg = _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt)
+    return Picture(alt, svg.replace(f'stroke="{FRESH}"', f'style="stroke:var(--labs-c1,{FRESH})"'))
+
+
+def _alone(frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Iterator[str]:
+    """A box of each frame that no line leads out of, to place it below the first frame."""
+    for boxes in list(frames.values())[1:]:
+        if not any((join.first in boxes) != (join.second in boxes) for join in joins):
+            yield from list(boxes)[:1]
+
+
+def _fresh(fresh: bool) -> dict[str, str]:
+    return {"color": FRESH, "penwidth": "2"} if fresh else {}
 
 
 def plot(
