@@ -120,9 +120,16 @@ def tables(ns: Netns) -> set[tuple[str, str]]:
 @contextmanager
 def ruleset(ns: Netns, text: str) -> Iterator[None]:
     """Put the rules of an nft script in for the length of the block; the tables that it makes are removed after it."""
+    with own_tables(ns):
+        nft(ns, text)
+        yield
+
+
+@contextmanager
+def own_tables(ns: Netns) -> Iterator[None]:
+    """Whatever tables the block makes, with nft or iptables, are removed after it."""
     before = tables(ns)
     try:
-        nft(ns, text)
         yield
     finally:
         with suppress(BadInput):  # the namespace is gone, and its rules with it
