@@ -101,7 +101,7 @@ def nft(ns: Netns, text: str) -> None:
 
 
 def _refusal(text: str, detail: str) -> BadInput:
-    """nft says "/dev/stdin:LINE:COLUMNS: Error: WORDS" and then shows the line: that is a field, a value and a rule."""
+    """What nft says as "/dev/stdin:LINE:COLUMNS: Error: WORDS", with the line after it: a field, a value and a rule."""
     found = ERROR.search(detail)
     if found is None:
         return BadInput("nft", text.strip(), detail)
@@ -270,15 +270,17 @@ def _bind(channel: socket.socket, address: str, port: int, kind: int) -> None:
 
 @contextmanager
 def answering(ns: Netns, port: int, address: str = ANY) -> Iterator[process.Child]:
-    """A web server in the namespace whose every answer is "labs-web sees 192.0.2.2": who asked, as the server sees it."""
+    """A web server in the namespace that answers "labs-web sees 192.0.2.2": who asked, as the server sees it."""
     with bound(ns, port, address) as listener, ns.open() as descriptor:
         listener.listen()
-        child = process.fork(lambda: (_die_with_parent(), enter(descriptor), _answer(listener, ns.name)))
+        child = process.fork(lambda: _answer(descriptor, listener, ns.name))
     with child:
         yield child
 
 
-def _answer(listener: socket.socket, name: str) -> NoReturn:
+def _answer(descriptor: int, listener: socket.socket, name: str) -> NoReturn:
+    _die_with_parent()
+    enter(descriptor)
     while True:
         client, (address, _) = listener.accept()
         client.settimeout(5)
@@ -294,7 +296,7 @@ def _die_with_parent() -> None:
 @contextmanager
 def docker_proxy(host: Netns, port: int, to: str, to_port: int, *, address: str = ANY,
                  protocol: str = "tcp") -> Iterator[process.Child]:
-    """Docker's own docker-proxy in the namespace, as dockerd starts it: descriptor 3 is the pipe for "0" or an error."""
+    """Docker's own docker-proxy in the namespace, as dockerd starts it: on descriptor 3 it says "0", or "1" and why."""
     argv = ["docker-proxy", "-proto", protocol, "-host-ip", address, "-host-port", str(port),
             "-container-ip", to, "-container-port", str(to_port)]
     reader, writer = os.pipe()

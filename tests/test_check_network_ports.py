@@ -70,7 +70,8 @@ def test_published(net: Lan) -> None:
 def test_filtered(net: Lan) -> None:
     for answer, part in [
         (..., "まだ答えが"), (80, "文字列"), ("tcp port 80", "nft line 10"),
-        ("tcp dport 8080", "0 のまま"), ("counter drop; ct status dnat", "`drop` は要りません"), ("tcp dport 80", "10.42.0.3:80"), ('iifname "eth0"', "10.42.0.3:80"),
+        ("tcp dport 8080", "0 のまま"), ("counter drop; ct status dnat", "`drop` は要りません"),
+        ("tcp dport 80", "10.42.0.3:80"), ('iifname "eth0"', "10.42.0.3:80"),
     ]:
         hint(check.filtered(net.host, net.out, answer), part)  # type: ignore[arg-type]
     for answer in ("ip daddr 10.42.0.2 tcp dport 80", "ct status dnat", "ct original proto-dst 8080"):
@@ -82,7 +83,8 @@ def test_docker_user(net: Lan) -> None:
     arrive = "-I DOCKER-USER -o br0 -m conntrack --ctstate DNAT -j ACCEPT"
     for commands, part in [
         (..., "まだ答えが"), (arrive, "リストです"), (["-I DOCKER-USER -o"], "iptables が断りました"),
-        (["-P FORWARD ACCEPT"], "policy を ACCEPT"), ([arrive.replace("DOCKER-USER", "FORWARD"), answers], "`FORWARD` にあります"),
+        (["-P FORWARD ACCEPT"], "policy を ACCEPT"),
+        ([arrive.replace("DOCKER-USER", "FORWARD"), answers], "`FORWARD` にあります"),
         ([], "まだ一つも"), ([answers], "まだ一つも"), ([arrive], "返事が FORWARD の policy"),
         (["-I DOCKER-USER -o br0 -j ACCEPT", answers], "10.42.0.3:80"),
     ]:

@@ -153,17 +153,20 @@ def test_ruleset_removes_only_what_it_made(net: Lan) -> None:
     assert listing(net.host) == ""
 
 
+HEAD = "table ip labs-a {\n  chain in {"
+
+
 @pytest.mark.parametrize(("text", "message"), [
-    ("table ip labs-a { }\nadd rule ip labs-a in accept", "nft line 2: 'add rule ip labs-a in accept': Could not process"),
-    ("table ip labs-a {\n  chain in {\n    tcp port 80 accept\n  }\n}", "nft line 3: 'tcp port 80 accept': syntax error"),
-    ("table ip labs-a {\n  chain in { type nat hook forward priority 0; }\n}", "nft line 2: 'chain in { type nat hook"),
-    ("table ip labs-a {\n  chain in {\n    ip saddr 10.0.0.300 drop\n  }\n}", "nft line 3: 'ip saddr 10.0.0.300 drop': "),
-    ("table", "nft line 1: 'table': syntax error, unexpected end of file"),
+    ("table ip labs-a { }\nadd rule ip labs-a in accept", "2: 'add rule ip labs-a in accept': Could not process rule"),
+    (HEAD + "\n    tcp port 80 accept\n  }\n}", "3: 'tcp port 80 accept': syntax error"),
+    (HEAD + " type nat hook forward priority 0; }\n}", "2: 'chain in { type nat hook forward priority 0; }': Chain of"),
+    (HEAD + "\n    ip saddr 10.0.0.300 drop\n  }\n}", "3: 'ip saddr 10.0.0.300 drop': "),
+    ("table", "1: 'table': syntax error, unexpected end of file"),
 ])
 def test_refused_rules_are_one_line_and_leave_nothing(net: Lan, text: str, message: str) -> None:
     with pytest.raises(BadInput) as refused, firewall.ruleset(net.host, text):
         pass
-    assert str(refused.value).startswith(message)
+    assert str(refused.value).startswith(f"nft line {message}")
     assert "\n" not in str(refused.value) and "/dev/stdin" not in str(refused.value)
     assert listing(net.host) == ""
 
@@ -264,7 +267,8 @@ def test_port_taken(net: Lan) -> None:
 
 
 @pytest.mark.parametrize(("change", "field"), [
-    ({"port": 0}, "port"), ({"port": 65536}, "port"), ({"to_port": 70000}, "to_port"), ({"protocol": "icmp"}, "protocol"),
+    ({"port": 0}, "port"), ({"port": 65536}, "port"), ({"to_port": 70000}, "to_port"),
+    ({"protocol": "icmp"}, "protocol"),
     ({"to": "192.0.2.2"}, "to"), ({"to": "web"}, "to"), ({"subnet": "10.42.0.1/24"}, "subnet"),
     ({"address": "192.0.2.99"}, "port"),
 ])

@@ -43,7 +43,7 @@ def ask(ns: Netns, where: str) -> str:
 
 @exercise
 def published(host: Netns, out: Netns, rules: str) -> Steps:
-    """nft rules that publish port 5432 of the host as port 80 of labs-db."""
+    """Rules of nft that publish port 5432 of the host as port 80 of labs-db."""
     yield isinstance(rules, str), "`rules` には、nft の規則を文字列で入れてください。"
     with ExitStack() as stack:
         refused = _refusal(lambda: stack.enter_context(firewall.ruleset(host, rules)))
@@ -91,7 +91,7 @@ def _filtered(host: Netns, out: Netns) -> Iterator[tuple[bool, str]]:
 
 @exercise
 def docker_user(host: Netns, out: Netns, saved: str, commands: Sequence[str]) -> Steps:
-    """iptables commands that let a published port through Docker's FORWARD, without opening the rest."""
+    """Commands of iptables that let a published port through Docker's FORWARD, without opening the rest."""
     yield not isinstance(commands, str), "`commands` は、`iptables` に渡す引数の文字列を並べたリストです。"
     with firewall.own_tables(host):
         host.run(["iptables-restore"], stdin=saved)
