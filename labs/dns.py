@@ -278,7 +278,9 @@ class _Service:
         ask = _ask_udp if via == "udp" else _ask_tcp
         with suppress(OSError, EOFError):  # TimeoutError and ConnectionError among them
             async with asyncio.timeout(UPSTREAM_SECONDS):
-                return wire[:2] + (await ask(str(self.upstream), identity + wire[2:], fits))[2:]
+                told = await ask(str(self.upstream), identity + wire[2:], fits)
+                flags = int.from_bytes(told[2:4]) & ~dns.flags.AA | dns.flags.RA  # hearsay, but we do ask around
+                return wire[:2] + flags.to_bytes(2) + told[4:]
         return only_header(wire, Rcode.SERVFAIL)
 
     async def datagrams(self, udp: socket.socket) -> None:
@@ -413,6 +415,7 @@ class Server:
     def __init__(self, service: _Service, place: _Place, folder: str) -> None:
         self.address, self.port, self._folder = place.address, place.port, folder
         self._domain = service.names.domain.to_text() if service.names.domain != dns.name.root else ""
+        self._open = ExitStack()
         self._control, theirs = socket.socketpair()
         self._lines = self._control.makefile("rb")
         reader, errors = os.pipe()
@@ -423,11 +426,12 @@ class Server:
         os.close(errors)
         theirs.close()
         self._child, self.pid = process.Child(pid, reader), pid
+        for part in (self._lines, self._control, self._child):
+            self._open.enter_context(part)
 
     def close(self) -> None:
-        """End it; it holds nothing that must be undone."""
-        with self._child, self._control, self._lines:
-            pass
+        """End it: it holds nothing that must be undone.  May be called twice."""
+        self._open.close()
 
     def ready(self) -> None:
         """Return when it listens, or raise what stopped it."""
@@ -488,6 +492,15 @@ def dig(ns: Netns, address: str, *question: str) -> Told:
     flags = re.search(r"^;; flags: ([a-z ]+);", text, re.MULTILINE)
     rows = [line.split(None, 4) for line in text.splitlines() if line and not line.startswith(";")]
     return Told(rcode[1] if rcode else "", flags[1] if flags else "", [f"{row[0]} {row[3]} {row[4]}" for row in rows])
+
+
+def exchange(ns: Netns, address: str, wire: bytes) -> bytes:
+    """What a server answers to any bytes sent over TCP from a network namespace; nothing if it hangs up."""
+    def talk() -> str:
+        with socket.create_connection((address, PORT), 10) as line:
+            line.sendall(len(wire).to_bytes(2) + wire)
+            return line.recv(65537)[2:].hex()
+    return bytes.fromhex(ns.call(talk))
 
 
 def resolv_conf(nameservers: Sequence[str], search: Sequence[str] = (), options: Sequence[str] = ()) -> str:

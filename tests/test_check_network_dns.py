@@ -27,7 +27,8 @@ def lab() -> Iterator[Lab]:
     """A namespace with a server on its loopback, which answers for example.com too."""
     with contextlib.ExitStack() as undo:
         web = undo.enter_context(network.namespace("web"))
-        web.run(["ip", "addr", "add", "10.42.0.2/32", "dev", "lo"])  # without any, glibc asks for none (AI_ADDRCONFIG)
+        for address in ("10.42.0.2/32", "fd42::2/128"):  # without, glibc asks for no such (AI_ADDRCONFIG)
+            web.run(["ip", "addr", "add", address, "dev", "lo"])
         abroad = {"example.com": "198.51.100.7", "db.example.com": "198.51.100.8"}
         server = undo.enter_context(dns.serve(web, "127.0.0.1", RECORDS | abroad, domain="labs.internal"))
         yield Lab(web, server)
@@ -64,7 +65,7 @@ def test_asked(lab: Lab) -> None:
     hint(check.asked(None, lab.server, lab.web), "まだ答えが")  # type: ignore[arg-type]
     hint(check.asked(good, lab.server, lab.web), "文字列")  # type: ignore[arg-type]
     verdict = check.asked("\n".join(good[:2]) + "\n", lab.server, lab.web)
-    assert verdict and "1 個の質問" in verdict.message
+    assert verdict and "2 個の質問" in verdict.message
     with dns.serve(lab.web, "127.0.0.5", {"web": "10.42.0.2"}, domain="labs.internal") as other:
         hint(check.asked("nameserver 127.0.0.5\n", other, lab.web), "`db` が見つかりません")
         other.update(RECORDS)

@@ -54,7 +54,7 @@ def _getent(text: str, name: str, server: Server, inside: Netns) -> tuple[str, l
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
     try:
-        done = container.run(["getent", "ahostsv4", name], rootfs="debian", network=inside.path,
+        done = container.run(["getent", "ahosts", name], rootfs="debian", network=inside.path,
                              mounts=[Bind(path, RESOLV_CONF)])
     finally:
         os.unlink(path)
