@@ -55,7 +55,7 @@ HEADER = struct.Struct("!6H")  # ID, flags, and how many entries each of the fou
 UDP_BYTES = 512  # RFC 1035, 4.2.1: what every client takes
 EDNS_BYTES = 1232  # the most we send by UDP where the client takes more: it fits a packet of IPv6 everywhere
 UPSTREAM_SECONDS, STREAM_SECONDS = 3.0, 10.0
-MOST_AT_ONCE = 200  # datagrams in work, and connections
+MOST_AT_ONCE = 200  # connections, and questions that wait for the server above
 MOST_REMEMBERED = 10_000
 REVERSE = (dns.reversename.ipv4_reverse_domain, dns.reversename.ipv6_reverse_domain)  # in-addr.arpa, ip6.arpa
 RESOLV_CONF = "/etc/resolv.conf"
@@ -237,7 +237,7 @@ class _Service:
         self.names, self.upstream = names, upstream
         self.log: deque[Query] = deque(maxlen=MOST_REMEMBERED)
         self._work: set[asyncio.Task[None]] = set()
-        self._streams = asyncio.Semaphore(MOST_AT_ONCE)
+        self._streams, self._asked_above = asyncio.Semaphore(MOST_AT_ONCE), asyncio.Semaphore(MOST_AT_ONCE)
 
     async def reply(self, wire: bytes, via: str, client: str) -> bytes:
         """The answer to some bytes, or nothing: they are too short to have an ID, or are an answer themselves."""
@@ -277,7 +277,9 @@ class _Service:
 
         ask = _ask_udp if via == "udp" else _ask_tcp
         with suppress(OSError, EOFError):  # TimeoutError and ConnectionError among them
-            async with asyncio.timeout(UPSTREAM_SECONDS):
+            if self._asked_above.locked():
+                raise EOFError
+            async with self._asked_above, asyncio.timeout(UPSTREAM_SECONDS):
                 told = await ask(str(self.upstream), identity + wire[2:], fits)
                 flags = int.from_bytes(told[2:4]) & ~dns.flags.AA | dns.flags.RA  # hearsay, but we do ask around
                 return wire[:2] + flags.to_bytes(2) + told[4:]
@@ -288,10 +290,9 @@ class _Service:
         loop = asyncio.get_running_loop()
         while True:
             wire, client = await loop.sock_recvfrom(udp, 65535)
-            if len(self._work) < MOST_AT_ONCE:
-                task = asyncio.create_task(self._datagram(udp, wire, client))
-                self._work.add(task)
-                task.add_done_callback(self._work.discard)
+            task = asyncio.create_task(self._datagram(udp, wire, client))
+            self._work.add(task)
+            task.add_done_callback(self._work.discard)
 
     async def _datagram(self, udp: socket.socket, wire: bytes, client: tuple[str, int]) -> None:
         if answered := await self.reply(wire, "udp", client[0]):

@@ -28,7 +28,7 @@ GATEWAY, OUTSIDE = "10.42.0.1", "192.0.2.53"
 RECORDS = {
     "web": ["10.42.0.2", "10.42.0.3"], "web-1": "10.42.0.2", "web-2": ["10.42.0.3"], "db": ["10.42.0.4", "fd42::4"],
     "database": "db", "storage": "database", "idle": [], "many": [f"10.42.1.{n}" for n in range(100)],
-    "some": [f"10.42.2.{n}" for n in range(40)],
+    "a-service": ["10.42.0.2", "10.42.0.3", "10.42.0.4"], "some": [f"10.42.2.{n}" for n in range(40)],
 }
 ABROAD = {"example.com": "198.51.100.7", "many.example.com": [f"198.51.100.{n}" for n in range(100)]}
 HEADER = struct.Struct("!6H")
@@ -116,7 +116,8 @@ def test_a_name_that_is_ours_and_unknown_does_not_exist(net, name):
 
 
 def test_an_address_leads_back_to_its_names_the_most_particular_first(net):
-    assert dig(net.web, "-x", "10.42.0.2").of("PTR") == ["web-1.labs.internal.", "web.labs.internal."]
+    assert dig(net.web, "-x", "10.42.0.2").of("PTR") == [
+        "web-1.labs.internal.", "web.labs.internal.", "a-service.labs.internal."]
     assert dig(net.web, "-x", "fd42::4").of("PTR") == ["db.labs.internal."]
     assert dig(net.web, "-x", "10.42.0.99").rcode == "NXDOMAIN"
     assert dig(net.web, "2.0.42.10.in-addr.arpa", "A")[::2] == ("NOERROR", [])
@@ -173,8 +174,9 @@ def forged(data):
     query = dns.message.from_wire(data)
     other = dns.message.make_response(dns.message.make_query("other.example", "A", id=query.id))
     right = dns.message.make_response(query)
-    right.answer = [dns.rrset.from_text("example.com.", 5, "IN", "A", "198.51.100.8")]
+    right.answer = [dns.rrset.from_text("example.com.", 5, "IN", "A", "198.51.100.9")]
     wrong = right.to_wire()
+    right.answer = [dns.rrset.from_text("example.com.", 5, "IN", "A", "198.51.100.8")]
     return [bytes([wrong[0] ^ 1]) + wrong[1:], other.to_wire(), data, b"", b"x", right.to_wire()]
 
 
@@ -196,6 +198,21 @@ def test_a_silent_server_above_ends_in_servfail_and_delays_nobody_else(net):
         assert dig(net.db, "+tcp", "example.com", server="127.0.0.1").rcode == "SERVFAIL"
 
 
+def test_those_who_wait_for_others_do_not_keep_our_own_names_waiting(net):
+    def crowd():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect(("127.0.0.1", 53))
+            for number in range(names.MOST_AT_ONCE + 20):
+                udp.send(dns.message.make_query(f"{number}.example.com", "A", id=number).to_wire())
+            udp.send(dns.message.make_query("web-1", "A", id=9999).to_wire())
+            udp.settimeout(5)
+            return [dns.message.from_wire(udp.recv(1000)).rcode() for _ in range(21)]
+    with false_server(net.db, lambda _: []), names.serve(net.db, "127.0.0.1", RECORDS, upstream="127.0.0.2") as server:
+        assert net.db.call(crowd) == [dns.rcode.SERVFAIL] * 20 + [dns.rcode.NOERROR]
+        assert [query.name for query in server.queries()] == [
+            *(f"{number}.example.com." for number in range(names.MOST_AT_ONCE, names.MOST_AT_ONCE + 20)), "web-1."]
+
+
 # UDP and TCP
 
 
@@ -211,7 +228,7 @@ def test_a_client_that_takes_more_gets_more(net):
     assert "tc" in dig(net.web, "+ignore", "+noedns", "some").flags
     said = dig(net.web, "+ignore", "+bufsize=1232", "some")
     assert "tc" not in said.flags and len(said.records) == 40
-    assert "tc" in dig(net.web, "+ignore", "+bufsize=65000", "many").flags
+    assert "tc" in dig(net.web, "+ignore", "+bufsize=4096", "many").flags
 
 
 def test_tcp_and_truncation_pass_through_to_the_server_above(net):
