@@ -1,4 +1,4 @@
-"""What passes where: packets heard in several network namespaces at once, on the clock they share.
+r"""What passes where: packets heard in several network namespaces at once, on the clock they share.
 
     with capture.listen(client, host, web) as heard:        # one socket in each namespace
         ...                                                  # something is sent
@@ -17,16 +17,14 @@ import os
 import re
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
-from labs import process, show, syscalls
-from labs.errors import BadInput, Timeout
-
-if TYPE_CHECKING:
-    from labs.network import Netns
+from labs import process, show
+from labs.errors import BadInput, ChildFailed
+from labs.netns import Netns, enter
 
 ETH_P_ALL, ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0003, 0x0800, 0x0806, 0x86DD  # <linux/if_ether.h>
 PACKET_OUTGOING = 4  # sll_pkttype in <linux/if_packet.h>
@@ -134,15 +132,14 @@ def _socket_in(place: Netns) -> socket.socket:
     """A packet socket made inside the namespace by a child, and passed out: SCM_RIGHTS in unix(7)."""
     near, far = socket.socketpair()
     with near, far:
-        with process.fork(lambda: _send_socket(place.path, far)) as child:
+        with place.open() as inside, process.fork(lambda: _send_socket(inside, far)) as child:
             child.wait()
         _, descriptors, _, _ = socket.recv_fds(near, 1, 1)
     return socket.socket(fileno=descriptors[0])
 
 
-def _send_socket(path: str, far: socket.socket) -> None:
-    with process.step(f"enter {os.path.basename(path)}"):
-        syscalls.setns(os.open(path, os.O_RDONLY), syscalls.CLONE_NEWNET)
+def _send_socket(inside: int, far: socket.socket) -> None:
+    enter(inside)
     listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
@@ -207,8 +204,12 @@ def _whole(protocol: int, data: bytes, ttl: int, source: bytes, target: bytes, *
     upper = _upper(protocol, data) if whole else Upper(None, "fragment", 0, data)
     ends = [_address(end) for end in (source, target)]
     if upper.ports is not None:
-        ends = [f"[{end}]:{port}" if ":" in end else f"{end}:{port}" for end, port in zip(ends, upper.ports, strict=True)]
+        ends = [_join(end, port) for end, port in zip(ends, upper.ports, strict=True)]
     return IPPROTO.get(protocol, str(protocol)), ends[0], ends[1], ttl, upper.flags, upper.sequence, upper.payload
+
+
+def _join(address: str, port: object) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _address(data: bytes) -> str:
@@ -258,8 +259,7 @@ def path(packets: Sequence[Packet], title: str = "The path of a packet") -> show
         if changes:
             boxes[f"change {number}"] = ["rewritten:", *changes]
         boxes[f"packet {number}"] = [f"{packet.place}, {packet.way}", f"{packet.source} → {packet.target}"]
-    keys = list(boxes)
-    return show.graph(title, boxes, list(zip(keys, keys[1:], strict=False)), rankdir="TB")
+    return show.graph(title, boxes, list(pairwise(boxes)), rankdir="TB")
 
 
 # What netfilter says
@@ -285,26 +285,27 @@ class Lines:
 @contextmanager
 def follow(place: Netns, argv: Sequence[str]) -> Iterator[Lines]:
     """Run what tells of events in the namespace (nft monitor, conntrack -E), from when it hears them."""
+    def first() -> None:
+        enter(inside)
+        os.dup2(output, 1)
     output = os.memfd_create("labs-follow")
     try:
-        with process.spawn(argv, first=lambda: _first(place.path, output)) as child:
-            process.until(lambda: child.ended or _subscribed(child.pid), 30.0, f"{argv[0]} listening")
+        with place.open() as inside, process.spawn(argv, first=first) as child:
+            process.until(lambda: _subscribed(child), what=f"{argv[0]} listening")
             yield Lines(output)
     finally:
         os.close(output)
 
 
-def _first(path: str, output: int) -> None:
-    with process.step(f"enter {os.path.basename(path)}"):
-        syscalls.setns(os.open(path, os.O_RDONLY), syscalls.CLONE_NEWNET)
-    os.dup2(output, 1)
-
-
-def _subscribed(pid: int) -> bool:
-    """Whether somebody in the namespace has joined a group of NETLINK_NETFILTER: proc_pid_net(5)."""
-    with open(f"/proc/{pid}/net/netlink", encoding="utf-8") as file:
+def _subscribed(child: process.Child) -> bool:
+    """Whether a child has a socket of NETLINK_NETFILTER that has joined a group: proc_pid_net(5)."""
+    if process.readable(child.pidfd, 0):
+        raise ChildFailed("listen to netfilter", detail=f"the command ended with status {child.wait().shell}")
+    sockets = process.descriptors(child.pid).values()
+    with open(f"/proc/{child.pid}/net/netlink", encoding="utf-8") as file:
         rows = [line.split() for line in file][1:]
-    return any(int(row[1]) == NETLINK_NETFILTER and int(row[3], 16) for row in rows)
+    return any(int(row[1]) == NETLINK_NETFILTER and int(row[3], 16) and f"socket:[{row[9]}]" in sockets
+               for row in rows)
 
 
 class Flow(NamedTuple):
@@ -349,8 +350,7 @@ def flow(line: str) -> Flow:
 
 def _ends(words: Iterable[tuple[str, str]]) -> tuple[str, str]:
     said = dict(words)
-    join = "[{}]:{}" if ":" in said["src"] else "{}:{}"
-    ends = [join.format(said[end], said[port]) if port in said else said[end]
+    ends = [_join(said[end], said[port]) if port in said else said[end]
             for end, port in (("src", "sport"), ("dst", "dport"))]
     return ends[0], ends[1]
 
