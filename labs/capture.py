@@ -250,31 +250,45 @@ def rewritten(before: Packet, after: Packet) -> list[str]:
 
 
 def path(packets: Sequence[Packet], title: str = "The path of a packet") -> show.Picture:
-    """Draw the sightings of one packet from top to bottom, with what was rewritten between two of them."""
+    """Draw the sightings of one packet from top to bottom, namespace by namespace, and what was rewritten between two.
+
+    A change that lies between two namespaces stands in the later one.
+    """
     if not packets:
         raise BadInput("packets", packets, "there must be at least one")
-    boxes: dict[str, list[str]] = {}
+    frames: dict[str, dict[str, show.Box]] = {packet.namespace: {} for packet in packets}
     for number, packet in enumerate(packets):
+        frame = frames[packet.namespace]
         changes = rewritten(packets[number - 1], packet) if number else []
         if changes:
-            boxes[f"change {number}"] = ["rewritten:", *changes]
-        boxes[f"packet {number}"] = [f"{packet.place}, {packet.way}", f"{packet.source} → {packet.target}"]
-    return show.graph(title, boxes, list(pairwise(boxes)), rankdir="TB")
+            frame[f"change {number}"] = show.Box(("rewritten here", *changes), fresh=True)
+        frame[f"{number}"] = show.Box((f"{packet.link} {packet.way}", f"{packet.source} → {packet.target}"))
+    drawn = [(name, key, box) for name, boxes in frames.items() for key, box in boxes.items()]
+    joins = [show.Join(first[1], second[1]) for first, second in pairwise(drawn)]
+    lines = [f"{name}: {', '.join(box.lines)}" for name, _, box in drawn]
+    return show.diagram("\n".join([title, *lines]), frames, joins)
 
 
 # What netfilter says
 
 
 class Lines:
-    """What a running command has written so far."""
+    """What a running command has written so far; after its end, all that it wrote."""
 
     def __init__(self, output: int) -> None:
-        self._output = output
+        self._output, self._text = output, b""
 
     def read(self) -> list[str]:
         """The finished lines."""
-        text = os.pread(self._output, os.fstat(self._output).st_size, 0).decode()
-        return [line.strip() for line in text.split("\n")[:-1]]
+        if self._output >= 0:
+            self._text = os.pread(self._output, os.fstat(self._output).st_size, 0)
+        return [line.strip() for line in self._text.decode().split("\n")[:-1]]
+
+    def close(self) -> None:
+        """Keep what there is, and let the file go."""
+        self.read()
+        os.close(self._output)
+        self._output = -1
 
     def until(self, enough: Callable[[list[str]], object], timeout: float = 30.0) -> list[str]:
         """Read until enough(lines) is true, and return them; Timeout after timeout seconds."""
@@ -289,12 +303,13 @@ def follow(place: Netns, argv: Sequence[str]) -> Iterator[Lines]:
         enter(inside)
         os.dup2(output, 1)
     output = os.memfd_create("labs-follow")
+    lines = Lines(output)
     try:
         with place.open() as inside, process.spawn(argv, first=first) as child:
             process.until(lambda: _subscribed(child), what=f"{argv[0]} listening")
-            yield Lines(output)
+            yield lines
     finally:
-        os.close(output)
+        lines.close()
 
 
 def _subscribed(child: process.Child) -> bool:
@@ -403,9 +418,17 @@ def trace(place: Netns, match: str) -> Iterator[Lines]:
 
 
 def steps(lines: Iterable[str]) -> list[list[Step]]:
-    """The steps of each packet traced, without those in the table that starts the tracing."""
-    found: dict[str, list[Step]] = {}
+    """The steps of each packet traced, without those in the table that starts the tracing.
+
+    The kernel makes a trace's id from the address of the packet's buffer, which a later packet may get: so a packet
+    is known by what its headers say too.
+    """
+    found: dict[tuple[str, ...], list[Step]] = {}
+    current: dict[str, tuple[str, ...]] = {}
     for match in filter(None, map(TRACE.match, lines)):
-        if match["table"] != f"inet {TRACING}":
-            found.setdefault(match["id"], []).append(Step(*match.group("table", "chain", "what", "text")))
+        step, number = Step(*match.group("table", "chain", "what", "text")), match["id"]
+        if step.what == "packet":
+            current[number] = (number, step.header("ip id"), step.header("tcp flags =="))
+        if step.table != f"inet {TRACING}" and number in current:
+            found.setdefault(current[number], []).append(step)
     return list(found.values())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
-from labs import netlink
+from labs import netlink, network
 from labs.errors import ChildFailed, LabError
 from labs.netns import Netns
 
@@ -322,7 +323,7 @@ def _add(order: Order) -> Json:
         undo.callback(_ipam, order, "DEL")
         with netlink.connect(_host(), inside) as (host, guest):
             _bridge(host, order, given)
-            _veth(host, order, inside)
+            _veth(host, order, inside, _mac(given["ips"][0]["address"]))
             undo.callback(_unlink, order)
             _configure(guest, order.attachment.ifname, given)
         undo.pop_all()
@@ -332,7 +333,7 @@ def _add(order: Order) -> Json:
 def _bridge(host: netlink.Rtnl, order: Order, given: Json) -> None:
     """The bridge is there and up, and bears the gateway's address."""
     with netlink.suppress_errno(errno.EEXIST):
-        host.request("add", "link", ifname=order.bridge, kind="bridge", address=_mac(order.bridge))
+        host.request("add", "link", ifname=order.bridge, kind="bridge", **_gateway_mac(given))
     index = host.index(order.bridge)
     host.request("set", "link", index=index, state="up")
     for ip in given["ips"]:
@@ -341,20 +342,27 @@ def _bridge(host: netlink.Rtnl, order: Order, given: Json) -> None:
                 host.request("add", "addr", index=index, address=ip["gateway"], prefixlen=_prefix(ip["address"]))
 
 
-def _mac(name: str) -> str:
-    """A locally administered address: without one of its own a bridge takes that of its ports, which come and go."""
-    return "02:" + hashlib.sha256(name.encode()).digest()[:5].hex(":")
+def _gateway_mac(given: Json) -> Json:
+    return {"address": _mac(ip["gateway"]) for ip in given["ips"][:1] if ip.get("gateway")}
+
+
+def _mac(address: str) -> str:
+    """A MAC address made of the IP address, so that nobody's memory of it (arp(7)) is wrong when it is given again.
+
+    For the bridge it is one that stays: without, it takes that of its ports, which come and go.
+    """
+    return network.mac_of(ipaddress.ip_interface(address).ip)
 
 
 def _prefix(address: str) -> int:
     return int(address.partition("/")[2])
 
 
-def _veth(host: netlink.Rtnl, order: Order, inside: Netns) -> None:
+def _veth(host: netlink.Rtnl, order: Order, inside: Netns, mac: str) -> None:
     """One end at the bridge, the other in the container; the alias says whose it is, for GC."""
     mtu = order.config.get("mtu") or 1500
     with inside.open() as descriptor:
-        peer = {"ifname": order.attachment.ifname, "net_ns_fd": descriptor, "mtu": mtu}
+        peer = {"ifname": order.attachment.ifname, "net_ns_fd": descriptor, "mtu": mtu, "address": mac}
         host.request("add", "link", ifname=order.veth, kind="veth", mtu=mtu, peer=peer)
     index = host.index(order.veth)
     alias = f"{order.attachment.container}/{order.attachment.ifname}"
