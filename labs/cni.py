@@ -141,10 +141,11 @@ class Caller:
             self._call("CHECK", plugin, attachment, self.results[attachment])
 
     def delete(self, attachment: Attachment) -> None:
-        """DEL, last plugin to first; may be called again."""
-        for plugin in reversed(self.config["plugins"]):
-            self._call("DEL", plugin, attachment, self.results.get(attachment))
-        self.results.pop(attachment, None)
+        """DEL, last plugin to first, each of them even if one fails; may be called again."""
+        result = self.results.pop(attachment, None)
+        with ExitStack() as backwards:
+            for plugin in self.config["plugins"]:
+                backwards.callback(self._call, "DEL", plugin, attachment, result)
 
     def status(self) -> None:
         """STATUS: PluginFailed if an ADD could not work now."""
@@ -321,6 +322,8 @@ def _add(order: Order) -> Json:
     with ExitStack() as undo:
         given = _ipam(order)
         undo.callback(_ipam, order, "DEL")
+        if not given.get("ips"):
+            raise Refusal(INVALID_CONFIG, f"{order.config['ipam']['type']} gave no address")
         with netlink.connect(_host(), inside) as (host, guest):
             _bridge(host, order, given)
             _veth(host, order, inside, _mac(given["ips"][0]["address"]))
@@ -343,7 +346,8 @@ def _bridge(host: netlink.Rtnl, order: Order, given: Json) -> None:
 
 
 def _gateway_mac(given: Json) -> Json:
-    return {"address": _mac(ip["gateway"]) for ip in given["ips"][:1] if ip.get("gateway")}
+    gateway = given["ips"][0].get("gateway")
+    return {"address": _mac(gateway)} if gateway else {}
 
 
 def _mac(address: str) -> str:

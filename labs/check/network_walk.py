@@ -13,7 +13,7 @@ from labs.check import Steps, exercise
 from labs.errors import ChildFailed, LabError, Timeout
 from labs.netns import Netns
 
-PATIENCE = 3.0
+PATIENCE = 2.0  # seconds: the first SYN is sent again after one
 MASQUERADE = """table ip labs-check {
   chain postrouting {
     type nat hook postrouting priority srcnat
