@@ -16,7 +16,7 @@ from typing import Any
 from labs.errors import BadInput, KernelError
 from labs.netlink import Rtnl, connect
 from labs.netns import Netns
-from labs.network import check_link, naming
+from labs.network import check_link, require_absent
 
 VNI_MAX = (1 << 24) - 1  # RFC 7348, section 5
 VXLAN_PORT = 4789  # RFC 7348, section 5; without being told, the kernel takes an older one, 8472
@@ -90,7 +90,8 @@ def _on_card(host: Netns, parent: str, target: Netns, name: str, address: str,
 @contextmanager
 def _made(maker: Rtnl, inside: Rtnl, home: Netns, name: str, request: Mapping[str, Any]) -> Iterator[None]:
     """A link that maker asks for and that lives in home, as `inside` does; removed at the end, if it is there still."""
-    with _refused("name", name), naming(check_link(name), home):
+    require_absent(inside, check_link(name), home)
+    with _refused("name", name):
         maker.request("add", "link", ifname=name, **request)
     try:
         yield

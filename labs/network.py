@@ -47,7 +47,7 @@ def check_mtu(mtu: int) -> int:
     return mtu
 
 
-def _absent(kernel: netlink.Rtnl, name: str, where: Netns) -> None:
+def require_absent(kernel: netlink.Rtnl, name: str, where: Netns) -> None:
     """A name in use is BadInput, said before anything is made."""
     with netlink.suppress_errno(errno.ENODEV):
         kernel.index(check_link(name))
@@ -59,8 +59,8 @@ def veth(a: Netns, name_a: str, b: Netns, name_b: str, *, mtu: int = 1500) -> It
     """A veth pair, one end in each namespace, both up: veth(4).  Deleting one end deletes the other."""
     machine.require()
     with netlink.connect(a, b) as (near, far), b.open() as there:
-        _absent(near, name_a, a)
-        _absent(far, name_b, b)
+        require_absent(near, name_a, a)
+        require_absent(far, name_b, b)
         near.request("add", "link", ifname=name_a, kind="veth", state="up", mtu=check_mtu(mtu),
                      peer={"ifname": name_b, "net_ns_fd": there, "mtu": mtu})
     with ExitStack() as undo:
@@ -87,7 +87,7 @@ def bridge(ns: Netns, name: str = "br0", *, address: str = "", mtu: int = 1500) 
     given = _interface(address) if address else None
     with ExitStack() as undo:
         with netlink.connect(ns) as (kernel,):
-            _absent(kernel, name, ns)
+            require_absent(kernel, name, ns)
             kernel.request("add", "link", ifname=name, kind="bridge", mtu=check_mtu(mtu), state="up",
                            **({"address": mac_of(given.ip)} if given else {}))
             undo.callback(_delete, ns, name)

@@ -1,4 +1,4 @@
-"""The exercises of 04-network/01-veth-bridge: each wrong state gives its hint; real packets agree with the right one."""
+"""The exercises of 04-network/01-veth-bridge: each wrong state gives its hint; packets agree."""
 
 import subprocess
 from contextlib import ExitStack
@@ -69,9 +69,9 @@ def test_repaired_sees_new_faults(broken):
         ("10.43.0.2 へ向かって", "-n labs-cup route replace default via 10.43.0.2",
          "-n labs-cup route replace default via 10.43.0.1"),
         ("192.0.2.1 への ping に返事がありません", "-n labs-lan address del 192.0.2.1/32 dev lo", ""),
-        ("もう片端が、`labs-lan` に", "-n labs-cup link delete eth0\n"
+        ("もう片端が、`labs-lan` に", ("-n labs-cup link delete eth0\n"
          "-n labs-cup link add eth0 up type veth peer name eth9\n-n labs-cup link set eth9 up\n"
-         "-n labs-cup address add 10.43.0.3/24 dev eth0", ""),
+         "-n labs-cup address add 10.43.0.3/24 dev eth0"), ""),
         ("`labs-tea` の `eth0` がなくなりました", "-n labs-lan link delete veth-tea", ""),
         ("`check.broken()` で作り直してください", "netns delete labs-tea", ""),
     ]:

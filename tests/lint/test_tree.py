@@ -44,10 +44,11 @@ def test_imports_in_labs_go_down_only():
     floors = [
         ["errors"], ["machine", "oci_json"], ["syscalls"], ["process", "mounts", "devices", "capabilities", "seccomp"],
         ["namespaces", "cgroup", "oci_config", "oci_hooks", "layer", "dockerfile"],
-        ["monitor", "oci_root", "oci_cgroup", "oci_process", "oci_spawn", "oci_schema", "strace", "engine"],
-        ["container", "microvm", "oci_state", "oci_attend", "image"], ["oci_init", "registry", "registry_server"],
-        ["oci", "supply", "build_config", "build_root"], ["oci_cli", "build_cache", "build_copy"], ["build"],
-        ["show", "lab"], ["explore"], ["check"],
+        ["monitor", "oci_root", "oci_cgroup", "oci_process", "oci_spawn", "oci_schema", "strace", "engine", "netns"],
+        ["container", "microvm", "oci_state", "oci_attend", "image", "netlink", "firewall"],
+        ["oci_init", "registry", "registry_server", "ipam", "dns"],
+        ["oci", "supply", "build_config", "build_root", "network"],
+        ["oci_cli", "build_cache", "build_copy", "links", "cni"], ["build"], ["show", "lab"], ["explore", "topology", "capture"], ["check"],
     ]
     level = {name: number for number, names in enumerate(floors) for name in names}
     modules = {p.stem: p for p in (REPO / "labs").glob("*.py") if p.stem != "__init__"}
