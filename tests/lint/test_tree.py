@@ -48,7 +48,8 @@ def test_imports_in_labs_go_down_only():
         ["container", "microvm", "oci_state", "oci_attend", "image", "netlink", "firewall"],
         ["oci_init", "registry", "registry_server", "ipam", "dns"],
         ["oci", "supply", "build_config", "build_root", "network"],
-        ["oci_cli", "build_cache", "build_copy", "links", "cni"], ["build"], ["show", "lab"], ["explore", "topology", "capture"], ["check"],
+        ["oci_cli", "build_cache", "build_copy", "links", "cni"], ["build"],
+        ["show", "lab"], ["explore", "topology", "capture"], ["check"],
     ]
     level = {name: number for number, names in enumerate(floors) for name in names}
     modules = {p.stem: p for p in (REPO / "labs").glob("*.py") if p.stem != "__init__"}
