@@ -183,6 +183,8 @@ def test_outbound_masquerades(net: Lan) -> None:
         assert ask(net.web, OUT) == "labs-out sees 192.0.2.1"
         flows = net.host.run(["conntrack", "-L", "-s", WEB])
         assert "src=192.0.2.2 dst=192.0.2.1" in flows
+        assert ask(net.host, WEB) == "labs-web sees 10.42.0.1"
+        assert firewall.rules(net.host)[0].packets == 1
     assert net.host.sysctl("net.ipv4.ip_forward") == "0"
     assert listing(net.host) == ""
     assert ask(net.web, OUT) == ""
