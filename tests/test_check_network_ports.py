@@ -35,7 +35,6 @@ def net() -> Iterator[Lan]:
     with lan() as made, ExitStack() as stack:
         for ns in (made.web, made.db):
             stack.enter_context(firewall.answering(ns, 80))
-        stack.enter_context(firewall.answering(made.out, 5432))
         made.host.sysctl("net.ipv4.ip_forward", 1)
         made.out.run(["ip", "route", "add", "10.42.0.0/24", "via", HOST_ADDRESS])
         yield made
