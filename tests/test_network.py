@@ -465,7 +465,11 @@ with network.namespace("first") as first, network.namespace("second") as second:
     assert {"labs-first", "labs-second"} <= set(os.listdir("/run/netns"))
     with pytest.raises(errors.BadInput, match="is there already; lab.clean"), network.namespace("first"):
         pass
-    removed = lab.clean(engines=False)
+    with process.spawn(["ip", "netns", "exec", "labs-first", "sleep", "1000"]) as stray:
+        own = os.readlink("/proc/self/ns/net")
+        process.until(lambda: os.readlink(f"/proc/{stray.pid}/ns/net") != own)
+        removed = lab.clean(engines=False)
+        assert stray.wait(30).signal == signal.SIGKILL
     assert {"netns labs-first", "netns labs-second"} <= set(removed)
     assert [line for line in removed if "ipam" in line]
     assert not {name for name in os.listdir("/run/netns") if name.startswith("labs-")}
