@@ -72,7 +72,7 @@ table ip {table} {{
 """
 
 
-class Rule(NamedTuple):
+class NftRule(NamedTuple):
     """One rule as the kernel holds it; packets and bytes are None where it does not count."""
 
     family: str
@@ -147,7 +147,7 @@ def _remove(ns: Netns, before: set[tuple[str, str]], made: set[tuple[str, str]] 
         nft(ns, "".join(f"destroy table {family} {name}\n" for family, name in doomed))
 
 
-def rules(ns: Netns, table: str = "") -> list[Rule]:
+def rules(ns: Netns, table: str = "") -> list[NftRule]:
     """The rules of the namespace (or of one table in it), in the order in which `nft --handle list ruleset` has them.
 
     Its JSON has no text of a rule, and no words at all for what iptables-nft put in.
@@ -156,7 +156,7 @@ def rules(ns: Netns, table: str = "") -> list[Rule]:
     return [rule for rule in found if table in ("", rule.table)]
 
 
-def _read(listing: str) -> Iterator[Rule]:
+def _read(listing: str) -> Iterator[NftRule]:
     family = table = chain = ""
     for line in map(str.strip, listing.splitlines()):
         if (found := HANDLE.fullmatch(line)) is None:
@@ -170,10 +170,10 @@ def _read(listing: str) -> Iterator[Rule]:
             yield _rule(family, table, chain, int(found[2]), found[1])
 
 
-def _rule(family: str, table: str, chain: str, handle: int, text: str) -> Rule:
+def _rule(family: str, table: str, chain: str, handle: int, text: str) -> NftRule:
     counted = COUNTER.search(text)
     packets, size = map(int, counted.groups()) if counted else (None, None)
-    return Rule(family, table, chain, handle, COUNTER.sub("counter", text), packets, size)
+    return NftRule(family, table, chain, handle, COUNTER.sub("counter", text), packets, size)
 
 
 @contextmanager

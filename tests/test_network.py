@@ -414,6 +414,31 @@ def test_ctrl_c_misses_the_opener_and_the_opener_holds_no_file(net, spaces):
     assert held[1].startswith("socket:") and len(held) == 2
 
 
+def test_a_network_outlives_its_opener(net, spaces):
+    host, web, db = spaces
+    with net.attach(web):
+        opener, = process.children(os.getpid())
+        os.kill(opener, signal.SIGKILL)
+        process.until(lambda: not net.opener.alive)
+        with net.attach(db):
+            assert "1 received" in db.run(["ping", "-c", "1", "-W", "5", "10.42.0.2"])
+    assert (names(host), names(web), names(db)) == (["lo", "br0"], ["lo"], ["lo"])
+
+
+def test_a_dump_that_the_kernel_calls_inconsistent_is_asked_again(spaces, monkeypatch):
+    with netlink.connect(spaces[0]) as (kernel,):
+        parse, asked = kernel.marshal.parse, []
+        def inconsistent(data):
+            for message in parse(data):
+                if message["header"]["type"] == netlink.rtnl.RTM_NEWLINK and len(asked) < 2:
+                    asked.append(message)
+                    message["header"]["flags"] |= netlink.NLM_F_DUMP_INTR
+                yield message
+        monkeypatch.setattr(kernel.marshal, "parse", inconsistent)
+        assert [message.get("ifname") for message in kernel.request("dump", "link")] == names(spaces[0])
+        assert len(asked) == 2
+
+
 def test_many_targets_get_as_many_addresses(net):
     with contextlib.ExitStack() as stack:
         targets = [stack.enter_context(network.namespace(f"t{number}")) for number in range(12)]
@@ -465,7 +490,11 @@ with network.namespace("first") as first, network.namespace("second") as second:
     assert {"labs-first", "labs-second"} <= set(os.listdir("/run/netns"))
     with pytest.raises(errors.BadInput, match="is there already; lab.clean"), network.namespace("first"):
         pass
-    removed = lab.clean(engines=False)
+    with process.spawn(["ip", "netns", "exec", "labs-first", "sleep", "1000"]) as stray:
+        own = os.readlink("/proc/self/ns/net")
+        process.until(lambda: os.readlink(f"/proc/{stray.pid}/ns/net") != own)
+        removed = lab.clean(engines=False)
+        assert stray.wait(30).signal == signal.SIGKILL
     assert {"netns labs-first", "netns labs-second"} <= set(removed)
     assert [line for line in removed if "ipam" in line]
     assert not {name for name in os.listdir("/run/netns") if name.startswith("labs-")}
