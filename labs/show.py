@@ -222,17 +222,19 @@ def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[J
     for join in joins:
         width = {"penwidth": "2.5" if join.bold else "1"}
         drawing.edge(names[join.first], names[join.second], dir="none", **_fresh(join.fresh) | width)
-    for key in _alone(frames, joins):
-        drawing.edge(names[keys[0]], names[key], style="invis", minlen="2")
+    for upper, lower in _alone(frames, joins):
+        drawing.edge(names[upper], names[lower], style="invis")
     svg = _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt)
     return Picture(alt, svg.replace(f'stroke="{FRESH}"', f'style="stroke:var(--labs-c1,{FRESH})"'))
 
 
-def _alone(frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Iterator[str]:
-    """A box of each frame that no line leads out of, to place it below the first frame."""
-    for boxes in list(frames.values())[1:]:
+def _alone(frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Iterator[tuple[str, str]]:
+    """Frames that no line leads to stand in a row with those that a line from the first frame leads to."""
+    first, *others = frames.values()
+    leaving = [join.first for join in joins if join.first in first and join.second not in first]
+    for boxes in others:
         if not any((join.first in boxes) != (join.second in boxes) for join in joins):
-            yield from list(boxes)[:1]
+            yield (leaving or list(first))[0], next(iter(boxes))
 
 
 def _fresh(fresh: bool) -> dict[str, str]:
