@@ -219,6 +219,9 @@ def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[J
             for key, box in boxes.items():
                 style = "dashed" if box.faded else "rounded"
                 inner.node(names[key], "\n".join(map(_escape, box.lines)), style=style, **_fresh(box.fresh))
+            with inner.subgraph(graph_attr={"rank": "same"}) as row:
+                for key in _leaving(boxes, joins):
+                    row.node(names[key])
     for join in joins:
         width = {"penwidth": "2.5" if join.bold else "1"}
         drawing.edge(names[join.first], names[join.second], dir="none", **_fresh(join.fresh) | width)
@@ -228,13 +231,17 @@ def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[J
     return Picture(alt, svg.replace(f'stroke="{FRESH}"', f'style="stroke:var(--labs-c1,{FRESH})"'))
 
 
+def _leaving(boxes: Mapping[str, Box], joins: Sequence[Join]) -> list[str]:
+    """The boxes from which lines lead down into other frames."""
+    return [join.first for join in joins if join.first in boxes and join.second not in boxes]
+
+
 def _alone(frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Iterator[tuple[str, str]]:
     """Frames that no line leads to stand in a row with those that a line from the first frame leads to."""
     first, *others = frames.values()
-    leaving = [join.first for join in joins if join.first in first and join.second not in first]
     for boxes in others:
         if not any((join.first in boxes) != (join.second in boxes) for join in joins):
-            yield (leaving or list(first))[0], next(iter(boxes))
+            yield (_leaving(first, joins) or list(first))[0], next(iter(boxes))
 
 
 def _fresh(fresh: bool) -> dict[str, str]:
