@@ -15,6 +15,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import signal
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
-from labs import process, show
+from labs import process, show, syscalls
 from labs.errors import BadInput, ChildFailed
 from labs.netns import Netns, enter
 
@@ -300,6 +301,7 @@ class Lines:
 def follow(place: Netns, argv: Sequence[str]) -> Iterator[Lines]:
     """Run what tells of events in the namespace (nft monitor, conntrack -E), from when it hears them."""
     def first() -> None:
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the caller, however that ends
         enter(inside)
         os.dup2(output, 1)
     output = os.memfd_create("labs-follow")

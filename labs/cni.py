@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 from labs import netlink, network
-from labs.errors import ChildFailed, LabError
+from labs.errors import BadInput, ChildFailed, LabError
 from labs.netns import Netns
 
 PLUGINS = "/usr/lib/cni"  # where Debian's containernetworking-plugins are
@@ -137,6 +137,8 @@ class Caller:
 
     def check(self, attachment: Attachment) -> None:
         """CHECK, first plugin to last, with the result of ADD; PluginFailed where something is not as it was."""
+        if attachment not in self.results:
+            raise BadInput("attachment", attachment.container, "has not been added by this caller")
         for plugin in self.config["plugins"]:
             self._call("CHECK", plugin, attachment, self.results[attachment])
 

@@ -260,7 +260,7 @@ class _Service:
     def _remember(self, query: Message | None, via: str, client: str, answered: bytes) -> None:
         asked = query.question[0] if query and query.question else None
         name, kind = ("", "") if asked is None else (asked.name.to_text(), RdataType.to_text(asked.rdtype))
-        self.log.append(Query(client, via, name, kind, Rcode(answered[3] & 15).name))
+        self.log.append(Query(client, via, name, kind, Rcode.to_text(Rcode.make(answered[3] & 15))))
 
     async def _forward(self, wire: bytes, query: Message, via: str) -> bytes:
         """What the server above says, with the client's ID; SERVFAIL if it says nothing in time.

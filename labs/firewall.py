@@ -32,6 +32,7 @@ PUBLISH = machine.PREFIX + "publish-"
 ERROR = re.compile(r":(\d+):[\d-]+: Error: (.*)")
 HANDLE = re.compile(r"(.*?)(?: \{)? # handle (\d+)")
 COUNTER = re.compile(r"\bcounter packets (\d+) bytes (\d+)")
+BRIDGED = "net.bridge.bridge-nf-call-iptables"  # there while the module br_netfilter is loaded
 PROXY_STATUS = 3  # the descriptor on which docker-proxy says how it went (moby, cmd/docker-proxy/main_linux.go)
 
 PUBLISH_TABLE = """
@@ -71,7 +72,7 @@ table ip {table} {{
 """
 
 
-class Rule(NamedTuple):
+class NftRule(NamedTuple):
     """One rule as the kernel holds it; packets and bytes are None where it does not count."""
 
     family: str
@@ -120,9 +121,13 @@ def tables(ns: Netns) -> set[tuple[str, str]]:
 @contextmanager
 def ruleset(ns: Netns, text: str) -> Iterator[None]:
     """Put the rules of an nft script in for the length of the block; the tables that it makes are removed after it."""
-    with own_tables(ns):
+    before, made = tables(ns), None
+    try:
         nft(ns, text)
+        made = tables(ns) - before
         yield
+    finally:
+        _remove(ns, before, made)
 
 
 @contextmanager
@@ -132,11 +137,17 @@ def own_tables(ns: Netns) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(BadInput):  # the namespace is gone, and its rules with it
-            nft(ns, "".join(f"destroy table {family} {name}\n" for family, name in tables(ns) - before))
+        _remove(ns, before, None)
 
 
-def rules(ns: Netns, table: str = "") -> list[Rule]:
+def _remove(ns: Netns, before: set[tuple[str, str]], made: set[tuple[str, str]] | None) -> None:
+    """Remove those tables, or where nobody counted them, all that were not there before."""
+    with suppress(BadInput):  # the namespace is gone, and its rules with it
+        doomed = tables(ns) - before if made is None else made
+        nft(ns, "".join(f"destroy table {family} {name}\n" for family, name in doomed))
+
+
+def rules(ns: Netns, table: str = "") -> list[NftRule]:
     """The rules of the namespace (or of one table in it), in the order in which `nft --handle list ruleset` has them.
 
     Its JSON has no text of a rule, and no words at all for what iptables-nft put in.
@@ -145,7 +156,7 @@ def rules(ns: Netns, table: str = "") -> list[Rule]:
     return [rule for rule in found if table in ("", rule.table)]
 
 
-def _read(listing: str) -> Iterator[Rule]:
+def _read(listing: str) -> Iterator[NftRule]:
     family = table = chain = ""
     for line in map(str.strip, listing.splitlines()):
         if (found := HANDLE.fullmatch(line)) is None:
@@ -159,10 +170,10 @@ def _read(listing: str) -> Iterator[Rule]:
             yield _rule(family, table, chain, int(found[2]), found[1])
 
 
-def _rule(family: str, table: str, chain: str, handle: int, text: str) -> Rule:
+def _rule(family: str, table: str, chain: str, handle: int, text: str) -> NftRule:
     counted = COUNTER.search(text)
     packets, size = map(int, counted.groups()) if counted else (None, None)
-    return Rule(family, table, chain, handle, COUNTER.sub("counter", text), packets, size)
+    return NftRule(family, table, chain, handle, COUNTER.sub("counter", text), packets, size)
 
 
 @contextmanager
@@ -208,17 +219,34 @@ def published(host: Netns, port: int, to: str, to_port: int, *, address: str = A
         if protocol == "tcp":
             held.listen()  # else another socket with SO_REUSEADDR could be bound beside it: socket(7)
         nft(host, f"destroy table ip {table}")
-        undo.callback(_forget_localnet, host, bridge)
+        undo.enter_context(_settings(host, bridge))
         undo.enter_context(ruleset(host, text))
-        host.sysctl(f"net.ipv4.conf.{bridge}.route_localnet", 1)
         yield
 
 
-def _forget_localnet(host: Netns, bridge: str) -> None:
-    """route_localnet (ip-sysctl.rst) back to 0, once no published port needs it."""
-    with suppress(BadInput):  # the namespace is gone
-        if not any(name.startswith(PUBLISH) for _, name in tables(host)):
-            _restore(host, f"net.ipv4.conf.{bridge}.route_localnet", "0")
+@contextmanager
+def _settings(host: Netns, bridge: str) -> Iterator[None]:
+    """What published ports need (ip-sysctl.rst, bridge.rst); as it was, once no published port is left.
+
+    route_localnet lets packets of 127.0.0.1 out to the bridge.  A frame that only crosses the bridge must not meet
+    the rules: a container that asks for its own port would have its answer sent back where it came from.
+    """
+    usual = {f"net.ipv4.conf.{bridge}.route_localnet": "0"}
+    if os.path.exists("/proc/sys/" + BRIDGED.replace(".", "/")):
+        usual[BRIDGED] = "1"
+    before = usual if _has_published(host) else {name: host.sysctl(name) for name in usual}
+    try:
+        for name, value in usual.items():
+            host.sysctl(name, 1 - int(value))
+        yield
+    finally:
+        with suppress(BadInput):  # the namespace is gone
+            for name, value in before.items() if not _has_published(host) else ():
+                host.sysctl(name, value)
+
+
+def _has_published(host: Netns) -> bool:
+    return any(name.startswith(PUBLISH) for _, name in tables(host))
 
 
 def _restore(host: Netns, name: str, value: str) -> None:

@@ -109,8 +109,8 @@ def host_of(hosts: Subnet, address: str, field: str = "address") -> str:
         wanted = ipaddress.ip_address(address)
     except ValueError:
         raise BadInput(field, address, "must be an IP address without a prefix length") from None
-    edges = (hosts.network_address, hosts.broadcast_address) if hosts.num_addresses > 2 else ()
-    if wanted not in hosts or wanted in edges:
+    edges = [hosts.network_address, hosts.broadcast_address][:2 if hosts.version == 4 else 1]  # IPv6: the anycast one
+    if wanted not in hosts or (hosts.num_addresses > 2 and wanted in edges):
         raise BadInput(field, address, f"must be a host's address in {hosts}")
     return str(wanted)
 
@@ -127,8 +127,4 @@ def overlaps(subnet: str, ns: Netns) -> list[netlink.Route]:
     """The routes of a namespace, but for the default ones, that lead to addresses of the subnet."""
     wanted = parse(subnet)
     return [route for route in netlink.routes(ns) if route.destination != "default"
-            and _overlap(wanted, ipaddress.ip_network(route.destination))]
-
-
-def _overlap(a: Subnet, b: Subnet) -> bool:
-    return a.version == b.version and a.overlaps(b)
+            and wanted.overlaps(ipaddress.ip_network(route.destination))]

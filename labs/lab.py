@@ -5,6 +5,7 @@ Clean-up touches what bears the prefix "labs-", or lies in the directories of la
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import signal
@@ -253,17 +254,18 @@ def clean(engines: bool = True) -> list[str]:
 
 
 def _kill_processes() -> Iterator[str]:
-    """Kill every process in a cgroup of labs, and each whose root or working directory is one of labs."""
+    """Kill every process in a cgroup of labs, and each whose root, working directory or network is one of labs."""
     if os.path.exists(machine.CGROUP):
         pids = [pid for folder, _, _ in os.walk(machine.CGROUP) for pid in cgroup.Cgroup(folder).procs()]
         cgroup.Cgroup(machine.CGROUP).kill()
         yield from (f"process {pid}" for pid in pids)
     places = (machine.STATE + "/", machine.DATA + "/", *machine.ROOTFS.values())
+    networks = {f"net:[{os.stat(path).st_ino}]" for path in glob.glob(f"{NETNS_DIRECTORY}/{machine.PREFIX}*")}
     for pid in process.pids():
         with suppress(OSError):  # it ended
             pidfd = os.pidfd_open(pid)
-            held = [os.readlink(f"/proc/{pid}/{link}") for link in ("root", "cwd")]
-            if pid != os.getpid() and any(path.startswith(places) for path in held):
+            held = [os.readlink(f"/proc/{pid}/{link}") for link in ("root", "cwd", "ns/net")]
+            if pid != os.getpid() and any(path.startswith(places) or path in networks for path in held):
                 process.kill(pidfd, signal.SIGKILL)
                 process.readable(pidfd, 10.0)
                 yield f"process {pid}"

@@ -88,13 +88,13 @@ class Rtnl:
         message.encode()
         number = message["header"]["sequence_number"]
         try:
-            self._socket.send(message.data)
-            answers = list(self._answers(number, step))
+            while True:
+                self._socket.send(message.data)
+                answers = list(self._answers(number, step))
+                if not any(answer["header"]["flags"] & NLM_F_DUMP_INTR for answer in answers):
+                    return answers  # else the tables changed under the dump
         finally:
             self.addr_pool.free(number, ban=0xFF)
-        if any(answer["header"]["flags"] & NLM_F_DUMP_INTR for answer in answers):
-            return self.converse(message, step)  # the tables changed under the dump
-        return answers
 
     def _answers(self, number: int, step: str) -> Iterator[Message]:
         while True:
@@ -103,8 +103,8 @@ class Rtnl:
                 if head["sequence_number"] != number:
                     continue
                 if head["error"]:
-                    number, words = head["error"].args
-                    raise KernelError(step, number, value=words if words != os.strerror(number) else None)
+                    code, words = head["error"].args
+                    raise KernelError(step, code, value=words if words != os.strerror(code) else None)
                 if head["type"] in (NLMSG_DONE, NLMSG_ERROR):
                     return
                 yield answer
@@ -146,6 +146,11 @@ class Opener:
         self._control.close()
         self._child.__exit__()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the child can still be asked."""
+        return not process.readable(self._child.pidfd, 0)
+
     def open(self, descriptors: list[int]) -> list[int]:
         """Descriptors of a netlink socket in each of the namespaces that descriptors stand for."""
         with self._turn:
@@ -184,7 +189,7 @@ def connect(*namespaces: Netns, opener: Opener | None = None) -> Iterator[tuple[
     """A socket in each of the namespaces, made by the opener or a child of its own; BadInput when one is gone."""
     with ExitStack() as stack:
         descriptors = [stack.enter_context(one.open()) for one in namespaces]
-        maker = opener or stack.enter_context(Opener())
+        maker = opener if opener and opener.alive else stack.enter_context(Opener())
         yield tuple(stack.enter_context(Rtnl(descriptor)) for descriptor in maker.open(descriptors))
 
 

@@ -68,7 +68,7 @@ class Netns(NamedTuple):
         with self.open() as descriptor:
             try:
                 done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout,
-                                      preexec_fn=lambda: enter(descriptor))
+                                      preexec_fn=lambda: _begin(descriptor))
             except FileNotFoundError as error:
                 raise CommandNotFound(f"execve {argv[0]}", error.errno or 0, argv[0], "command not found") from None
             except subprocess.TimeoutExpired:
@@ -80,12 +80,9 @@ class Netns(NamedTuple):
 
     def spawn(self, argv: Sequence[str]) -> process.Child:
         """Start a command in the namespace; a context manager whose end kills it, as does the end of the caller."""
-        def first() -> None:
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            enter(descriptor)
         process.check_argv(argv)
         with self.open() as descriptor:
-            return process.spawn(argv, first=first)
+            return process.spawn(argv, first=lambda: _begin(descriptor))
 
     def sysctl(self, name: str, value: object = None) -> str:
         """Write a setting of the namespace, as "net.ipv4.ip_forward", if a value is given; what it is then."""
@@ -106,6 +103,12 @@ def _kind(descriptor: int) -> int:
 def enter(descriptor: int) -> None:
     """setns(2) into a network namespace.  For a forked child only."""
     syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
+
+
+def _begin(descriptor: int) -> None:
+    """Between fork(2) and execve(2): enter the namespace, and end when the caller ends, even by a kill -9."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    enter(descriptor)
 
 
 @contextmanager

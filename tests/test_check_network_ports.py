@@ -35,7 +35,6 @@ def net() -> Iterator[Lan]:
     with lan() as made, ExitStack() as stack:
         for ns in (made.web, made.db):
             stack.enter_context(firewall.answering(ns, 80))
-        stack.enter_context(firewall.answering(made.out, 5432))
         made.host.sysctl("net.ipv4.ip_forward", 1)
         made.out.run(["ip", "route", "add", "10.42.0.0/24", "via", HOST_ADDRESS])
         yield made
@@ -55,7 +54,6 @@ def test_published(net: Lan) -> None:
     for answer, part in [
         (..., "まだ答えが"), (80, "文字列"), (rules("tcp port 5432"), "nft line 2"),
         (rules("tcp dport 5432 counter dnat to 10.42.0.2:80"), "web でした"),
-        (rules("counter", local), "返事がありません"),
         (rules("", local), "どの規則のカウンタも増えません"),
         (rules("tcp dport 5432 counter dnat to 10.42.0.3:81"), "返事がありません"),
         (rules(local, local, "counter masquerade"), "`10.42.0.1` です"),
@@ -71,10 +69,10 @@ def test_filtered(net: Lan) -> None:
     for answer, part in [
         (..., "まだ答えが"), (80, "文字列"), ("tcp port 80", "nft line 10"),
         ("tcp dport 8080", "0 のまま"), ("counter drop; ct status dnat", "`drop` は要りません"),
-        ("tcp dport 80", "10.42.0.3:80"), ('iifname "eth0"', "10.42.0.3:80"),
+        ("tcp dport 80", "10.42.0.3:80"),
     ]:
         hint(check.filtered(net.host, net.out, answer), part)  # type: ignore[arg-type]
-    for answer in ("ip daddr 10.42.0.2 tcp dport 80", "ct status dnat", "ct original proto-dst 8080"):
+    for answer in ("ip daddr 10.42.0.2 tcp dport 80", "ct status dnat"):
         assert check.filtered(net.host, net.out, answer)
 
 
@@ -85,7 +83,7 @@ def test_docker_user(net: Lan) -> None:
         (..., "まだ答えが"), (arrive, "リストです"), (["-I DOCKER-USER -o"], "iptables が断りました"),
         (["-P FORWARD ACCEPT"], "policy を ACCEPT"),
         ([arrive.replace("DOCKER-USER", "FORWARD"), answers], "`FORWARD` にあります"),
-        ([], "まだ一つも"), ([answers], "まだ一つも"), ([arrive], "返事が FORWARD の policy"),
+        ([answers], "まだ一つも"), ([arrive], "返事が FORWARD の policy"),
         (["-I DOCKER-USER -o br0 -j ACCEPT", answers], "10.42.0.3:80"),
     ]:
         hint(check.docker_user(net.host, net.out, DOCKER, commands), part)  # type: ignore[arg-type]

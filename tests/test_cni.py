@@ -277,3 +277,19 @@ def test_a_program_that_is_no_plugin(host, who, tmp_path):
         cni.Caller(host, listed({"type": "chatty"}), path=[str(tmp_path)]).add(who)
     with pytest.raises(cni.PluginFailed, match="mute ADD: broken"):
         cni.Caller(host, listed({"type": "mute"}), path=[str(tmp_path)]).add(who)
+
+
+def test_what_was_not_added_cannot_be_checked(host, who):
+    with pytest.raises(errors.BadInput, match="has not been added"):
+        cni.Caller(host, listed(PLUGIN)).check(who)
+
+
+def test_containerd_calls_it(host, tmp_path):
+    (tmp_path / "10-labs.conflist").write_text(json.dumps(listed(PLUGIN)))
+    script = f"""mount --bind {tmp_path} /etc/cni/net.d
+mount -t overlay -o lowerdir={cni.OURS}:{cni.PLUGINS} overlay {cni.PLUGINS}
+mkdir -p /var/lib/cni; mount -t tmpfs tmpfs /var/lib/cni
+ctr run --rm --rootfs --read-only --cni {machine.rootfs("busybox")} labs-cni /bin/busybox ip -o -4 addr show eth0"""
+    said = host.run(["unshare", "-m", "sh", "-ec", script], timeout=120)
+    assert " 10.43.0.2/24 " in said
+    assert (names(host), leases()) == (["lo", "cni0"], [])

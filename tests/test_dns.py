@@ -185,6 +185,13 @@ def test_forged_answers_are_not_passed_on(net):
         assert dig(net.db, "example.com", server="127.0.0.1").of("A") == ["198.51.100.8"]
 
 
+def test_codes_that_nobody_has_named_are_passed_on(net):
+    with false_server(net.db, lambda data: [data[:2] + b"\x80\x0f" + data[4:]]), \
+            names.serve(net.db, "127.0.0.1", {}, upstream="127.0.0.2") as server:
+        assert "15" in dig(net.db, "example.com", server="127.0.0.1").rcode
+        assert server.queries()[-1].rcode == "15"
+
+
 def test_a_silent_server_above_ends_in_servfail_and_delays_nobody_else(net):
     with false_server(net.db, lambda _: []), names.serve(net.db, "127.0.0.1", RECORDS, upstream="127.0.0.2") as server:
         with net.db.spawn(["dig", "@127.0.0.1", "+tries=1", "+timeout=8", "example.com"]) as waiting:

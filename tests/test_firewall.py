@@ -51,9 +51,6 @@ def lan() -> Iterator[Lan]:
         for ns, address in ((made.web, WEB), (made.db, DB), (made.out, OUT)):
             route = "" if ns is made.out else "route add default via 10.42.0.1\n"
             ns.run(["ip", "-batch", "-"], stdin=INSIDE.format(address + "/24") + route)
-        calls = "net.bridge.bridge-nf-call-iptables"
-        if os.path.exists("/proc/sys/" + calls.replace(".", "/")):  # br_netfilter is loaded
-            made.host.sysctl(calls, 0)
         made.host.sysctl("net.ipv4.ip_forward", 0)
         yield made
 
@@ -183,6 +180,8 @@ def test_outbound_masquerades(net: Lan) -> None:
         assert ask(net.web, OUT) == "labs-out sees 192.0.2.1"
         flows = net.host.run(["conntrack", "-L", "-s", WEB])
         assert "src=192.0.2.2 dst=192.0.2.1" in flows
+        assert ask(net.host, WEB) == "labs-web sees 10.42.0.1"
+        assert firewall.rules(net.host)[0].packets == 1
     assert net.host.sysctl("net.ipv4.ip_forward") == "0"
     assert listing(net.host) == ""
     assert ask(net.web, OUT) == ""
@@ -212,6 +211,7 @@ def test_published_from_everywhere(net: Lan) -> None:
     assert ask(net.out, f"{HOST_ADDRESS}:8080") == ""
     assert listing(net.host) == ""
     assert net.host.sysctl("net.ipv4.conf.br0.route_localnet") == "0"
+    assert net.host.run(["sysctl", "-ne", firewall.BRIDGED]) in ("1\n", "")  # "": br_netfilter is not loaded
 
 
 def test_published_on_one_address(net: Lan) -> None:
@@ -221,12 +221,19 @@ def test_published_on_one_address(net: Lan) -> None:
 
 
 def test_two_ports_at_once_and_udp(net: Lan) -> None:
+    """The one that came first may go first: what both need stays until the last."""
     localnet = "net.ipv4.conf.br0.route_localnet"
-    with firewall.published(net.host, 53, WEB, 53, protocol="udp"):
-        with firewall.published(net.host, 53, WEB, 53):
+    with ExitStack() as second:
+        with firewall.published(net.host, 53, WEB, 53, protocol="udp"):
+            second.enter_context(firewall.published(net.host, 53, WEB, 53))
             assert {name for _, name in firewall.tables(net.host)} == {"labs-publish-53-udp", "labs-publish-53-tcp"}
         assert net.host.sysctl(localnet) == "1"
     assert net.host.sysctl(localnet) == "0"
+    net.host.sysctl(localnet, 1)
+    with firewall.published(net.host, 53, WEB, 53), firewall.published(net.host, 54, WEB, 53):
+        pass
+    assert net.host.sysctl(localnet) == "1"
+    net.host.sysctl(localnet, 0)
 
 
 def test_loopback_services_stay_out_of_reach(net: Lan) -> None:

@@ -180,10 +180,11 @@ def listed(engine):
 
 
 MADE = {
-    "image": (["tag", "localhost/busybox:lab", "localhost/labs-t:1"], ["untag", "localhost/labs-t:1"]),
+    "image": (["tag", "localhost/busybox:lab", "localhost/labs-t:1"],
+              ["untag", "localhost/busybox:lab", "localhost/labs-t:1"]),
     "volume": (["volume", "create", "labs-t"], ["volume", "rm", "labs-t"]),
     "network": (["network", "create", "labs-t"], ["network", "rm", "labs-t"]),
-    "container": (["create", "--name", "labs-t", "localhost/busybox:lab", "true"], ["rm", "labs-t"]),
+    "container": (["create", "--name", "labs-t", "busybox:lab", "true"], ["rm", "labs-t"]),
 }
 
 

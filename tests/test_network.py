@@ -256,18 +256,19 @@ def test_the_gateway_may_be_chosen(spaces, untouched):
         assert "1 received" in web.run(["ping", "-c", "1", "-W", "5", "10.42.0.254"])
 
 
-@pytest.mark.parametrize(("target", "name", "host_end"), [
-    ("labs-web", "eth0", "veth-web"), ("labs-web", "eth1", "veth-web-eth1"), ("labs-0123456789", "eth0",
-     "veth-0123456789"), ("labs-01234567890", "eth0", "veth-bc8e87d6a0"), ("pid 7", "eth0", "veth-2d94444633")])
-def test_the_hosts_end_has_a_name_that_fits(target, name, host_end):
-    assert network.host_end(target, name) == host_end
-    assert len(network.host_end(target, name)) < network.IFNAMSIZ
+def test_the_hosts_end_has_a_name_that_fits():
+    for target, name, host_end in (
+            ("labs-web", "eth0", "veth-web"), ("labs-web", "eth1", "veth-web-eth1"),
+            ("labs-0123456789", "eth0", "veth-0123456789"), ("labs-01234567890", "eth0", "veth-bc8e87d6a0"),
+            ("pid 7", "eth0", "veth-2d94444633")):
+        assert network.host_end(target, name) == host_end
+        assert len(host_end) < network.IFNAMSIZ
 
 
 # Bad input: one line, and nothing is left
 
 
-@pytest.mark.parametrize(("make", "text"), [
+BAD = [
     (lambda h, w, d: network.network(h, "b" * 16), "name: 'bbbbbbbbbbbbbbbb': must have 1 to 15 bytes"),
     (lambda h, w, d: network.network(h, "a/b"), "name: 'a/b': "), (lambda h, w, d: network.bridge(h, ""), "name: ''"),
     (lambda h, w, d: network.veth(w, "a b", d, "x"), "name: 'a b': "),
@@ -288,45 +289,49 @@ def test_the_hosts_end_has_a_name_that_fits(target, name, host_end):
     (lambda h, w, d: network.namespace("../x"), "namespace: '../x': "),
     (lambda h, w, d: network.network(netns.Netns("gone", "/run/netns/labs-gone")), "namespace: 'gone': no such"),
     (lambda h, w, d: network.network(netns.Netns("uts", "/proc/self/ns/uts")), "namespace: 'uts': is no network"),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(spaces, untouched, make, text):
-    with pytest.raises(errors.BadInput, match=f"^{text}") as caught, make(*spaces):
-        pass
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("change", "text"), [
+]
+BAD_ATTACHMENTS = [
     ({"address": "10.42.0.2"}, "address: '10.42.0.2': is taken by labs-web eth0"),
     ({"address": "10.42.0.1"}, "address: '10.42.0.1': is taken by the network itself"),
     ({"address": "10.42.0.0"}, "address: '10.42.0.0': must be a host's address in 10.42.0.0/24"),
     ({"address": "10.43.0.2"}, "address: '10.43.0.2': must be"), ({"address": "x"}, "address: 'x': must be an IP"),
     ({"address": "fd42::9"}, "address: 'fd42::9': must be a host's address in 10.42.0.0/24"),
     ({"name": "e" * 16}, "name: 'eeeeeeeeeeeeeeee': must have 1 to 15 bytes"),
-    ({"name": "lo"}, "name: 'lo': it, or veth-db-lo on the host, is there already")])
-def test_a_bad_attachment_leaves_nothing(net, spaces, change, text):
+    ({"name": "lo"}, "name: 'lo': it, or veth-db-lo on the host, is there already")]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(spaces, untouched):
+    for make, text in BAD:
+        with pytest.raises(errors.BadInput, match=f"^{text}") as caught, make(*spaces):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+def test_a_bad_attachment_leaves_nothing(net, spaces):
     host, web, db = spaces
     with net.attach(web):
         before = (names(host), names(db), net.pool.owners(), net.pool6.owners())
-        with pytest.raises(errors.BadInput, match=f"^{text}"), net.attach(db, **change):
-            pass
+        for change, text in BAD_ATTACHMENTS:
+            with pytest.raises(errors.BadInput, match=f"^{text}"), net.attach(db, **change):
+                pass
+            assert (names(host), names(db), net.pool.owners(), net.pool6.owners()) == before
         with pytest.raises(errors.BadInput, match="^owner: 'labs-web eth0': is in 10.42.0.0/24 already"), \
                 net.attach(web):
             pass
-        assert (names(host), names(db), net.pool.owners(), net.pool6.owners()) == before
 
 
-@pytest.mark.parametrize("subnet", ["10.42.0.0/24", "10.42.0.128/25", "10.0.0.0/8", "10.99.5.0/24"])
-def test_a_subnet_that_overlaps_a_route_is_refused(net, spaces, subnet):
+def test_a_subnet_that_overlaps_a_route_is_refused(net, spaces):
     host = spaces[0]
     host.run(["ip", "route", "add", "10.99.0.0/16", "via", "10.42.0.200"])
-    with pytest.raises(errors.BadInput, match=r"^subnet: '10.*': overlaps the route 10\S+ dev br0 of labs-host"), \
-            network.network(host, "br1", subnet):
-        pass
+    for subnet in ("10.42.0.0/24", "10.42.0.128/25", "10.0.0.0/8", "10.99.5.0/24"):
+        text = rf"^subnet: '{subnet}': overlaps the route 10\S+ dev br0 of labs-host"
+        with pytest.raises(errors.BadInput, match=text), network.network(host, "br1", subnet):
+            pass
     assert "br1" not in names(host)
     host.run(["ip", "route", "del", "10.99.0.0/16"])
 
 
-def test_a_refusal_in_the_middle_leaves_nothing(net, spaces, monkeypatch):
+def test_a_refusal_in_the_middle_leaves_nothing(net, spaces):
     host, web, _ = spaces
     web.run(["sysctl", "-w", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1"])
     with pytest.raises(errors.KernelError, match=r"add addr .*: Permission denied"), net.attach(web):
@@ -400,13 +405,47 @@ def test_no_file_descriptor_and_no_child_is_left(net, spaces):
     assert (sorted(os.listdir("/proc/self/fd")), process.children(os.getpid())) == before
 
 
-def test_a_hundred_targets_get_a_hundred_addresses(net):
+def test_ctrl_c_misses_the_opener_and_the_opener_holds_no_file(net, spaces):
+    opener, = process.children(os.getpid())
+    assert os.getsid(opener) == opener
+    with net.attach(spaces[1]):
+        held = sorted(link for number, link in process.descriptors(opener).items() if number > 2)
+    assert held[0] == os.readlink("/proc/self/ns/net") == os.readlink(f"/proc/{opener}/ns/net")
+    assert held[1].startswith("socket:") and len(held) == 2
+
+
+def test_a_network_outlives_its_opener(net, spaces):
+    host, web, db = spaces
+    with net.attach(web):
+        opener, = process.children(os.getpid())
+        os.kill(opener, signal.SIGKILL)
+        process.until(lambda: not net.opener.alive)
+        with net.attach(db):
+            assert "1 received" in db.run(["ping", "-c", "1", "-W", "5", "10.42.0.2"])
+    assert (names(host), names(web), names(db)) == (["lo", "br0"], ["lo"], ["lo"])
+
+
+def test_a_dump_that_the_kernel_calls_inconsistent_is_asked_again(spaces, monkeypatch):
+    with netlink.connect(spaces[0]) as (kernel,):
+        parse, asked = kernel.marshal.parse, []
+        def inconsistent(data):
+            for message in parse(data):
+                if message["header"]["type"] == netlink.rtnl.RTM_NEWLINK and len(asked) < 2:
+                    asked.append(message)
+                    message["header"]["flags"] |= netlink.NLM_F_DUMP_INTR
+                yield message
+        monkeypatch.setattr(kernel.marshal, "parse", inconsistent)
+        assert [message.get("ifname") for message in kernel.request("dump", "link")] == names(spaces[0])
+        assert len(asked) == 2
+
+
+def test_many_targets_get_as_many_addresses(net):
     with contextlib.ExitStack() as stack:
-        targets = [stack.enter_context(network.namespace(f"t{number}")) for number in range(100)]
+        targets = [stack.enter_context(network.namespace(f"t{number}")) for number in range(12)]
         made = [stack.enter_context(net.attach(target)) for target in targets]
-        assert [one.address for one in made] == [f"10.42.0.{number}/24" for number in range(2, 102)]
-        assert len(ip(net.host, "link", "show", "master", "br0")) == 100
-        assert "1 received" in targets[0].run(["ping", "-c", "1", "-W", "5", "10.42.0.101"])
+        assert [one.address for one in made] == [f"10.42.0.{number}/24" for number in range(2, 14)]
+        assert len(ip(net.host, "link", "show", "master", "br0")) == 12
+        assert "1 received" in targets[0].run(["ping", "-c", "1", "-W", "5", "10.42.0.13"])
     assert names(net.host) == ["lo", "br0"]
 
 
@@ -451,7 +490,11 @@ with network.namespace("first") as first, network.namespace("second") as second:
     assert {"labs-first", "labs-second"} <= set(os.listdir("/run/netns"))
     with pytest.raises(errors.BadInput, match="is there already; lab.clean"), network.namespace("first"):
         pass
-    removed = lab.clean(engines=False)
+    with process.spawn(["ip", "netns", "exec", "labs-first", "sleep", "1000"]) as stray:
+        own = os.readlink("/proc/self/ns/net")
+        process.until(lambda: os.readlink(f"/proc/{stray.pid}/ns/net") != own)
+        removed = lab.clean(engines=False)
+        assert stray.wait(30).signal == signal.SIGKILL
     assert {"netns labs-first", "netns labs-second"} <= set(removed)
     assert [line for line in removed if "ipam" in line]
     assert not {name for name in os.listdir("/run/netns") if name.startswith("labs-")}

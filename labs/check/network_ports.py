@@ -64,7 +64,9 @@ def _published(host: Netns, out: Netns) -> Iterator[tuple[bool, str]]:
     yield "sees 192.0.2.2" in found, f"db に見えたのは `{found.split()[-1]}` です。masquerade をかけると、外の人の本当のアドレスがわからなくなります。"
     yield ask(out, f"{HOST}:5433") == SILENT, "5433 番でも db に届きます。`tcp dport` で 5432 番だけを選んでください。"
     yield "labs-db" in ask(host, f"{HOST}:5432"), "外からは届きますが、host 自身からは届きません。host で生まれたパケットは prerouting を通らず、output を通ります。"
-    yield "labs-out" in ask(host, "192.0.2.2:5432"), "host から外の 5432 番へ行くパケットまで曲げています。`fib daddr type local` で、自分あてだけを選んでください。"
+    with firewall.answering(out, 5432):
+        elsewhere = ask(host, "192.0.2.2:5432")
+    yield "labs-out" in elsewhere, "host から外の 5432 番へ行くパケットまで曲げています。`fib daddr type local` で、自分あてだけを選んでください。"
 
 
 @exercise
@@ -110,8 +112,8 @@ def _docker_user(host: Netns, out: Netns) -> Iterator[tuple[bool, str]]:
     with firewall.counting(host, "filter") as hits:
         found = ask(out, f"{HOST}:8080")
     rose = [hit for hit in hits if hit.chain == "DOCKER-USER" and '"br0"' in hit.text and hit.after > hit.before]
-    yield bool(rose) or found != SILENT, "`DOCKER-USER` に足した規則は、まだ一つもパケットを数えていません。外から来るパケットは br0 から**出ていきます**（`-o br0`）。"
-    yield found != SILENT, "行きは数えましたが、返事が FORWARD の policy に捨てられています。返事は br0 から**入ってきます**（`-i br0`）。"
+    yield bool(rose) or found != SILENT, "`DOCKER-USER` に足した規則は、まだ一つもパケットを数えていません。外から来るパケットは br0 から出ていきます（`-o br0`）。"
+    yield found != SILENT, "行きは数えましたが、返事が FORWARD の policy に捨てられています。返事は br0 から入ってきます（`-i br0`）。"
     yield ask(out, f"{DB}:80") == SILENT, f"公開していない `{DB}:80` にも、外から届きます。新しい接続は `--ctstate DNAT` のものだけにしましょう。"
 
 
