@@ -219,20 +219,29 @@ def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[J
             for key, box in boxes.items():
                 style = "dashed" if box.faded else "rounded"
                 inner.node(names[key], "\n".join(map(_escape, box.lines)), style=style, **_fresh(box.fresh))
+            with inner.subgraph(graph_attr={"rank": "same"}) as row:
+                for key in _leaving(boxes, joins):
+                    row.node(names[key])
     for join in joins:
         width = {"penwidth": "2.5" if join.bold else "1"}
         drawing.edge(names[join.first], names[join.second], dir="none", **_fresh(join.fresh) | width)
-    for key in _alone(frames, joins):
-        drawing.edge(names[keys[0]], names[key], style="invis", minlen="2")
+    for upper, lower in _alone(frames, joins):
+        drawing.edge(names[upper], names[lower], style="invis")
     svg = _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt)
     return Picture(alt, svg.replace(f'stroke="{FRESH}"', f'style="stroke:var(--labs-c1,{FRESH})"'))
 
 
-def _alone(frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Iterator[str]:
-    """A box of each frame that no line leads out of, to place it below the first frame."""
-    for boxes in list(frames.values())[1:]:
+def _leaving(boxes: Mapping[str, Box], joins: Sequence[Join]) -> list[str]:
+    """The boxes from which lines lead down into other frames."""
+    return [join.first for join in joins if join.first in boxes and join.second not in boxes]
+
+
+def _alone(frames: Mapping[str, Mapping[str, Box]], joins: Sequence[Join]) -> Iterator[tuple[str, str]]:
+    """Frames that no line leads to stand in a row with those that a line from the first frame leads to."""
+    first, *others = frames.values()
+    for boxes in others:
         if not any((join.first in boxes) != (join.second in boxes) for join in joins):
-            yield from list(boxes)[:1]
+            yield (_leaving(first, joins) or list(first))[0], next(iter(boxes))
 
 
 def _fresh(fresh: bool) -> dict[str, str]:

@@ -95,6 +95,12 @@ def test_equal_ifindexes_in_two_namespaces_are_not_mixed_up(spaces):
         assert ends["labs-host", f"veth-{name}"] == index[f"labs-{name}", "eth0"]
 
 
+def test_namespaces_without_a_cable_stand_in_a_row_with_those_that_have_one(spaces):
+    ip("-n", "labs-host", "link", "add", "veth-web", "type", "veth", "peer", "eth0", "netns", "labs-web")
+    rows = {text.text: float(text.get("y")) for text in drawn(topology.draw(*spaces))[3].iter(f"{SVG}text")}
+    assert abs(rows["labs-web"] - rows["labs-db"]) < 20 < rows["labs-web"] - rows["labs-host"]
+
+
 def test_up_down_and_no_carrier(star):
     ip("-n", "labs-web", "link", "set", "eth0", "down")
     alt = topology.draw(*star).alt
