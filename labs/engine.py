@@ -34,7 +34,11 @@ class Reply(NamedTuple):
 def connect() -> socket.socket:
     """A connection to dockerd; it is a stream of bytes, unix(7)."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(SOCKET)
+    try:
+        connection.connect(SOCKET)
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 

@@ -41,16 +41,17 @@ def hint(verdict: Verdict, part: str) -> None:
 
 
 def test_named(lab: Lab) -> None:
-    for records, part in [
-        (RECORDS, "まだ `worker`"), ({"worker": WORKERS}, "`web` が消えました"),
-        (RECORDS | {"worker": WORKERS[:2]}, "2 個です"),
-        (RECORDS | {"worker": [*WORKERS[:2], "10.42.0.9"]}, "10.42.0.9"),
-        (RECORDS | {"worker": WORKERS}, "まだ別名"), (RECORDS | {"worker": WORKERS, "jobs": WORKERS}, "CNAME"),
-        (RECORDS | {"worker": WORKERS, "jobs": "web"}, "`web.`"),
-    ]:
-        with dns.serve(lab.web, "127.0.0.5", records) as server:
+    with dns.serve(lab.web, "127.0.0.5", RECORDS) as server:
+        for records, part in [
+            (RECORDS, "まだ `worker`"), ({"worker": WORKERS}, "`web` が消えました"),
+            (RECORDS | {"worker": WORKERS[:2]}, "2 個です"),
+            (RECORDS | {"worker": [*WORKERS[:2], "10.42.0.9"]}, "10.42.0.9"),
+            (RECORDS | {"worker": WORKERS}, "まだ別名"), (RECORDS | {"worker": WORKERS, "jobs": WORKERS}, "CNAME"),
+            (RECORDS | {"worker": WORKERS, "jobs": "web"}, "`web.`"),
+        ]:
+            server.update(records)
             hint(check.named(server, lab.web), part)
-    with dns.serve(lab.web, "127.0.0.5", RECORDS | {"worker": WORKERS, "jobs": "worker"}) as server:
+        server.update(RECORDS | {"worker": WORKERS, "jobs": "worker"})
         assert check.named(server, lab.web)
 
 

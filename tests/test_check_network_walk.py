@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from labs import firewall, machine, netns, network
+from labs import firewall, machine, netns, network, process
 from labs.check import network_walk as check
 
 RULES = """table ip walk {
@@ -53,8 +53,7 @@ def test_repaired_and_the_fault_of_the_exercise(published):
 
 @pytest.mark.parametrize(("where", "broken", "mended", "hint"), [
     ("client", "link set eth0 down", "link set eth0 up", "SYN が一つも出ていません"),
-    ("host", "link set veth-web down", "link set veth-web up", "`labs-host wan0` を最後に"),
-    ("host", "link set wan0 down", "link set wan0 up", "`labs-client eth0` を最後に"),
+    ("host", "link set veth-web down", "link set veth-web up", "SYN は `labs-host"),
 ])
 def test_repaired_says_where_the_packet_was_last_seen(published, where, broken, mended, hint):
     place = getattr(published, where)
@@ -63,7 +62,7 @@ def test_repaired_says_where_the_packet_was_last_seen(published, where, broken, 
         assert hint in repaired(published).message
     finally:
         place.run(["ip", *mended.split()])
-    assert repaired(published)
+    process.until(lambda: repaired(published))  # the kernel tells of a carrier at most once a second
 
 
 @pytest.mark.parametrize(("chain", "hint"), [

@@ -139,7 +139,7 @@ def test_both_refuse_with_the_same_code(host, web, command, config, missing):
     (execution(), {"CNI_CONTAINERID": "../web"}, 4, "CNI_CONTAINERID"),
     (execution(), {"CNI_IFNAME": "a-name-of-16-byte"}, 4, "CNI_IFNAME"),
     (execution(), {"CNI_IFNAME": ".."}, 4, "CNI_IFNAME"),
-    (execution(), {"CNI_NETNS": "/run/netns/labs-gone"}, 100, "it is gone"),
+    (execution(), {"CNI_NETNS": "/run/netns/labs-gone"}, 100, "no such network namespace"),
     (b"[]", {}, 6, "no JSON object"),
     (execution(name="-"), {}, 7, "name"),
     (execution(bridge="a/b"), {}, 7, "bridge"),

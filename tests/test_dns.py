@@ -261,7 +261,7 @@ def told(wire, records=RECORDS, via="udp"):
 QUESTION = dns.message.make_query("web", "A", use_edns=True).to_wire()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.one_of(
     st.binary(max_size=600),
     st.tuples(st.lists(st.tuples(st.integers(0, len(QUESTION) - 1), st.integers(0, 255)), max_size=6),

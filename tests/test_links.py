@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from contextlib import ExitStack
 
 import pytest
@@ -90,10 +91,12 @@ def test_vxlan_makes_one_lan_of_two_bridges_and_is_seen_as_udp(lan):
         assert (row["mtu"], row["master"], "UP" in row["flags"]) == (1450, "br0", True)
         assert reaches(one, "10.42.0.3")
         assert re.search(r"dst 192\.0\.2\.2", host.run(["bridge", "fdb", "show", "dev", "vx7"]))
-        script = ("tcpdump -nt -c 1 -i eth0 udp port 4789 and 'udp[39]=1' 2>/tmp/labs-log & "
-                  "until grep -q listening /tmp/labs-log; do sleep 0.05; done; "
-                  f"nsenter --net={one.path} ping -q -c 1 10.42.0.3 >/dev/null; wait; rm /tmp/labs-log")
-        seen = out.run(["sh", "-c", script])
+        with subprocess.Popen(["ip", "netns", "exec", out.name, "tcpdump", "-nt", "-c", "1", "-i", "eth0",
+                               "udp port 4789 and udp[39] = 1"], stdout=-1, stderr=-1, text=True) as tcpdump:
+            while "listening" not in tcpdump.stderr.readline():
+                assert tcpdump.poll() is None
+            assert reaches(one, "10.42.0.3")
+            seen, _ = tcpdump.communicate(timeout=30)
         assert re.search(r"192\.0\.2\.1\.\d+ > 192\.0\.2\.2\.4789: VXLAN.* vni 7\n.*10\.42\.0\.2 > 10\.42\.0\.3", seen)
     assert names(host) == {"lo", "eth0"}
 
