@@ -97,6 +97,8 @@ def test_equal_ifindexes_in_two_namespaces_are_not_mixed_up(spaces):
 
 def test_namespaces_without_a_cable_stand_in_a_row_with_those_that_have_one(spaces):
     ip("-n", "labs-host", "link", "add", "veth-web", "type", "veth", "peer", "eth0", "netns", "labs-web")
+    ip("-n", "labs-host", "link", "add", "br0", "type", "bridge")
+    ip("-n", "labs-host", "link", "set", "veth-web", "master", "br0")
     rows = {text.text: float(text.get("y")) for text in drawn(topology.draw(*spaces))[3].iter(f"{SVG}text")}
     assert abs(rows["labs-web"] - rows["labs-db"]) < 20 < rows["labs-web"] - rows["labs-host"]
 
