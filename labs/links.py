@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from labs import machine
 from labs.errors import BadInput, KernelError
-from labs.netlink import Rtnl, connect
+from labs.netlink import Rtnl, connect, suppress_errno
 from labs.netns import Netns
 from labs.network import check_link, require_absent
 
@@ -64,8 +65,8 @@ def vxlan(host: Netns, name: str, vni: int, *, device: str, remote: str, master:
         request = {"kind": "vxlan", "vxlan_id": vni, "vxlan_link": _index(kernel, "device", device), group: remote,
                    "vxlan_port": port}
         port_of = {"master": _index(kernel, "master", master)} if master else {}
-        with _made(kernel, kernel, host, name, request):
-            kernel.request("set", "link", index=kernel.index(name), state="up", **port_of)
+        with _made(kernel, kernel, host, name, request) as index:
+            kernel.request("set", "link", index=index, state="up", **port_of)
             yield
 
 
@@ -77,8 +78,7 @@ def _on_card(host: Netns, parent: str, target: Netns, name: str, address: str,
         _check("address", address, ipaddress.ip_interface)
     with connect(host, target) as (outside, inside), target.open() as place:
         lower = _index(outside, "parent", parent)
-        with _made(outside, inside, target, name, {**request, "link": lower, "net_ns_fd": place}):
-            index = inside.index(name)
+        with _made(outside, inside, target, name, {**request, "link": lower, "net_ns_fd": place}) as index:
             if address:
                 with _refused("address", address):
                     own = ipaddress.ip_interface(address)
@@ -88,15 +88,23 @@ def _on_card(host: Netns, parent: str, target: Netns, name: str, address: str,
 
 
 @contextmanager
-def _made(maker: Rtnl, inside: Rtnl, home: Netns, name: str, request: Mapping[str, Any]) -> Iterator[None]:
-    """A link that maker asks for and that lives in home, as `inside` does; removed at the end, if it is there still."""
+def _made(maker: Rtnl, inside: Rtnl, home: Netns, name: str, request: Mapping[str, Any]) -> Iterator[int]:
+    """A link that maker asks for and that lives in home, as `inside` does: its index.  Removed if it is there still.
+
+    It is born with a name that nobody has: Linux 6.12 refuses one that is in use where the request is made.
+    """
     require_absent(inside, check_link(name), home)
+    born = name if maker is inside else machine.new_name("l")
     with _refused("name", name):
-        maker.request("add", "link", ifname=name, **request)
+        maker.request("add", "link", ifname=born, **request)
+    index = inside.index(born)
     try:
-        yield
+        if born != name:
+            inside.request("set", "link", index=index, ifname=name)
+        yield index
     finally:
-        inside.delete_link(name)
+        with suppress_errno(errno.ENODEV):
+            inside.request("del", "link", index=index)
 
 
 @contextmanager
