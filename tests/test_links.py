@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from labs import links, network
+from labs import links, network, process
 from labs.errors import BadInput
 
 
@@ -33,7 +33,7 @@ def names(ns):
 
 def reaches(source, address, *words):
     source.run(["ip", "neigh", "flush", "all"])
-    return "ttl=" in source.run(["ping", "-c", "1", "-W", "1", *words, address], check=False)
+    return "ttl=" in source.run(["ping", "-c", "1", "-W", "2", *words, address], check=False)
 
 
 def mac(ns, name="eth0"):
@@ -85,6 +85,7 @@ def test_vxlan_makes_one_lan_of_two_bridges_and_is_seen_as_udp(lan):
         assert not reaches(one, "10.42.0.3")
         for side, remote in ((host, "192.0.2.2"), (out, "192.0.2.1")):
             stack.enter_context(links.vxlan(side, "vx7", 7, device="eth0", remote=remote, master="br0"))
+        process.until(lambda: reaches(one, "10.42.0.3"))
         row = shown(host, "vx7")
         data = row["linkinfo"]["info_data"]
         assert (data["id"], data["remote"], data["port"], data["link"]) == (7, "192.0.2.2", 4789, "eth0")

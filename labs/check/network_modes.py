@@ -109,7 +109,7 @@ def widest(site: Site) -> Steps:
 
 
 def _answers(source: Netns, address: str, *words: str) -> bool:
-    return "ttl=" in source.run(["ping", "-c", "1", "-W", "1", *words, address], check=False)
+    return "ttl=" in source.run(["ping", "-c", "1", "-W", "2", *words, address], check=False)
 
 
 def _arrives(source: Netns, target: Netns, address: str) -> bool:
@@ -117,7 +117,7 @@ def _arrives(source: Netns, target: Netns, address: str) -> bool:
     before = _no_ports(target)
     source.call(_send, address)
     try:
-        return process.until(lambda: _no_ports(target) > before, timeout=1.0)
+        return process.until(lambda: _no_ports(target) > before, timeout=2.0)
     except Timeout:
         return False
 
