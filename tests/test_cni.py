@@ -289,7 +289,8 @@ def test_containerd_calls_it(host, tmp_path):
     script = f"""mount --bind {tmp_path} /etc/cni/net.d
 mount -t overlay -o lowerdir={cni.OURS}:{cni.PLUGINS} overlay {cni.PLUGINS}
 mkdir -p /var/lib/cni; mount -t tmpfs tmpfs /var/lib/cni
-ctr run --rm --rootfs --read-only --cni {machine.rootfs("busybox")} labs-cni /bin/busybox ip -o -4 addr show eth0"""
+ctr run --rm --rootfs --read-only --cni --cgroup /labs/labs-cni {machine.rootfs("busybox")} labs-cni \\
+  /bin/busybox ip -o -4 addr show eth0"""
     said = host.run(["unshare", "-m", "sh", "-ec", script], timeout=120)
     assert " 10.43.0.2/24 " in said
     assert (names(host), leases()) == (["lo", "cni0"], [])
