@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -120,13 +121,20 @@ class Lanes:
         """Start a command whose output is ours, line by line; kill it if the block is left early."""
         self.require_going_on()
         with subprocess.Popen(
-            argv, cwd=REPO, text=True, bufsize=1, errors="replace", stdout=subprocess.PIPE, **how
+            argv,
+            cwd=REPO,
+            text=True,
+            bufsize=1,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            **how,
         ) as process:
             self.running.append(process)
             try:
                 yield process
             except BaseException:
-                process.kill()
+                _kill(process)
                 raise
 
     def require_going_on(self) -> None:
@@ -138,7 +146,7 @@ class Lanes:
         """End every command, and each that a lane would begin: the lanes then end by themselves."""
         self.ended = True
         for process in self.running:
-            process.kill()
+            _kill(process)
 
     def host(self, *paths: str) -> int:
         """Run tests of the host's own."""
@@ -185,6 +193,12 @@ class Lanes:
                 last.set()
             with contextlib.suppress(BrokenPipeError):  # it ended meanwhile: its status says so
                 print(path, file=process.stdin, flush=True)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a command and what it started: a test of the image has a package manager below it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _in_two_lanes() -> int:

@@ -2,6 +2,9 @@
 
 import re
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +96,20 @@ def test_after_the_end_nothing_begins(place):
     with pytest.raises(LabError, match="the other lane broke"):
         lanes.guest(1, suite.Handout(sizes))
     assert not (place / "log").exists()
+
+
+def test_the_end_takes_what_a_command_started_too(place):
+    """A test's own child ends with the suite."""
+    (place / "test_a.py").write_text(
+        f"import subprocess\ndef test_it():\n    subprocess.run(['sh', '-c', 'echo $$ >{place}/pid; exec sleep 600'])\n"
+    )
+    lanes, pid = suite.Lanes(), place / "pid"
+    running = threading.Thread(target=lanes.share, args=(1, session(place), suite.Handout(sizes)))
+    running.start()
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lanes.end()
+    running.join(30)
+    state = Path(f"/proc/{int(pid.read_text())}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
