@@ -15,7 +15,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import signal
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,9 +22,9 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
-from labs import process, show, syscalls
+from labs import process, show
 from labs.errors import BadInput, ChildFailed
-from labs.netns import Netns, enter
+from labs.netns import Netns
 
 ETH_P_ALL, ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0003, 0x0800, 0x0806, 0x86DD  # <linux/if_ether.h>
 PACKET_OUTGOING = 4  # sll_pkttype in <linux/if_packet.h>
@@ -126,26 +125,18 @@ class Capture:
 def listen(*places: Netns, keep: Callable[[Packet], bool] = bool) -> Iterator[Capture]:
     """Hear every packet on every link of these namespaces, and keep those for which keep(packet) is true."""
     with ExitStack() as stack:
-        yield Capture({place.name: stack.enter_context(_socket_in(place)) for place in places}, keep)
+        yield Capture({place.name: stack.enter_context(_packet_socket(place)) for place in places}, keep)
 
 
-def _socket_in(place: Netns) -> socket.socket:
-    """A packet socket made inside the namespace by a child, and passed out: SCM_RIGHTS in unix(7)."""
-    near, far = socket.socketpair()
-    with near, far:
-        with place.open() as inside, process.fork(lambda: _send_socket(inside, far)) as child:
-            child.wait()
-        _, descriptors, _, _ = socket.recv_fds(near, 1, 1)
-    return socket.socket(fileno=descriptors[0])
+def _packet_socket(place: Netns) -> socket.socket:
+    """A socket that hears every link of the namespace: packet(7)."""
+    return place.open_socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL), _prepare)
 
 
-def _send_socket(inside: int, far: socket.socket) -> None:
-    enter(inside)
-    listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+def _prepare(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
     listener.setblocking(False)
-    socket.send_fds(far, [b"."], [listener.fileno()])
 
 
 def _drain(name: str, listener: socket.socket) -> Iterator[Packet]:
@@ -300,14 +291,10 @@ class Lines:
 @contextmanager
 def follow(place: Netns, argv: Sequence[str]) -> Iterator[Lines]:
     """Run what tells of events in the namespace (nft monitor, conntrack -E), from when it hears them."""
-    def first() -> None:
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the caller, however that ends
-        enter(inside)
-        os.dup2(output, 1)
     output = os.memfd_create("labs-follow")
     lines = Lines(output)
     try:
-        with place.open() as inside, process.spawn(argv, first=first) as child:
+        with place.spawn(argv, first=lambda: os.dup2(output, 1)) as child:
             process.until(lambda: _subscribed(child), what=f"{argv[0]} listening")
             yield lines
     finally:

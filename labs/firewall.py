@@ -16,15 +16,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple, NoReturn
 
-from labs import machine, process, syscalls
+from labs import machine, process
 from labs.errors import BadInput, ChildFailed
-from labs.netns import Netns, enter
+from labs.netns import Netns, begin
 
 ANY = "0.0.0.0"  # noqa: S104  INADDR_ANY, ip(7)
 PROTOCOLS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
@@ -273,27 +272,19 @@ def _subnet(text: str) -> ipaddress.IPv4Network:
 
 @contextmanager
 def bound(ns: Netns, port: int, address: str = ANY, protocol: str = "tcp") -> Iterator[socket.socket]:
-    """A socket bound in the namespace, which nobody else can then bind; the caller stays where it is.
-
-    A child enters the namespace and sends the socket back: SCM_RIGHTS, unix(7).
-    """
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        try:
-            ns.call(_bind, theirs, address, port, PROTOCOLS[protocol])
-        except ChildFailed as error:
-            raise BadInput("port", port, f"cannot be taken on {address}: {error.detail}") from None
-        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
-    with socket.socket(fileno=descriptors[0]) as taken:
+    """A socket bound in the namespace, which nobody else can then bind; the caller stays where it is."""
+    try:
+        taken = ns.open_socket(socket.AF_INET, PROTOCOLS[protocol], 0, lambda made: _bind(made, address, port))
+    except ChildFailed as error:
+        raise BadInput("port", port, f"cannot be taken on {address}: {error.detail}") from None
+    with taken:
         yield taken
 
 
-def _bind(channel: socket.socket, address: str, port: int, kind: int) -> None:
-    with socket.socket(socket.AF_INET, kind) as made:
-        if kind == socket.SOCK_STREAM:  # connections that linger in TIME_WAIT do not count: socket(7)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address, port))
-        socket.send_fds(channel, [b"x"], [made.fileno()])
+def _bind(made: socket.socket, address: str, port: int) -> None:
+    if made.type == socket.SOCK_STREAM:  # connections that linger in TIME_WAIT do not count: socket(7)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((address, port))
 
 
 @contextmanager
@@ -307,18 +298,13 @@ def answering(ns: Netns, port: int, address: str = ANY) -> Iterator[process.Chil
 
 
 def _answer(descriptor: int, listener: socket.socket, name: str) -> NoReturn:
-    _die_with_parent()
-    enter(descriptor)
+    begin(descriptor)
     while True:
         client, (address, _) = listener.accept()
         client.settimeout(5)
         with client, suppress(OSError):  # it went away
             client.recv(4096)
             client.sendall(f"HTTP/1.0 200 OK\r\n\r\n{name} sees {address}\n".encode())
-
-
-def _die_with_parent() -> None:
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
@@ -328,13 +314,10 @@ def docker_proxy(host: Netns, port: int, to: str, to_port: int, *, address: str 
     argv = ["docker-proxy", "-proto", protocol, "-host-ip", address, "-host-port", str(port),
             "-container-ip", to, "-container-port", str(to_port)]
     reader, writer = os.pipe()
-    with host.open() as descriptor:
-        def first() -> None:
-            _die_with_parent()
-            enter(descriptor)
-            os.dup2(writer, PROXY_STATUS)
-            os.set_inheritable(PROXY_STATUS, True)
-        child = process.spawn(argv, first=first)
+    def first() -> None:
+        os.dup2(writer, PROXY_STATUS)
+        os.set_inheritable(PROXY_STATUS, True)
+    child = host.spawn(argv, first)
     os.close(writer)
     with child:
         status, _, words = os.fsdecode(process.read_all(reader)).strip().partition("\n")

@@ -39,8 +39,7 @@ SUBJECTS = {
     "route": (rtmsg, rtnl.RTM_NEWROUTE, rtnl.RTM_DELROUTE, rtnl.RTM_GETROUTE),
     "neigh": (ndmsg, rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH, rtnl.RTM_GETNEIGH),
 }
-VERBS = {"add": (1, "create"), "set": (1, "req"), "replace": (1, "replace"), "append": (1, "append"),
-         "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
+VERBS = {"add": (1, "create"), "set": (1, "req"), "del": (2, "req"), "get": (3, "get"), "dump": (3, "dump")}
 BUFFER, MOST_FDS = 1 << 16, 64
 SOL_NETLINK, NETLINK_EXT_ACK = 270, 11  # <linux/socket.h>, <linux/netlink.h>
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000  # <linux/if.h>

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -68,7 +69,7 @@ class Netns(NamedTuple):
         with self.open() as descriptor:
             try:
                 done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout,
-                                      preexec_fn=lambda: _begin(descriptor))
+                                      preexec_fn=lambda: begin(descriptor))
             except FileNotFoundError as error:
                 raise CommandNotFound(f"execve {argv[0]}", error.errno or 0, argv[0], "command not found") from None
             except subprocess.TimeoutExpired:
@@ -78,11 +79,33 @@ class Netns(NamedTuple):
             raise ChildFailed(argv[0], detail=words)
         return done.stdout
 
-    def spawn(self, argv: Sequence[str]) -> process.Child:
-        """Start a command in the namespace; a context manager whose end kills it, as does the end of the caller."""
+    def spawn(self, argv: Sequence[str], first: Callable[[], object] = bool) -> process.Child:
+        """Start a command in the namespace; a context manager whose end kills it, as does the end of the caller.
+
+        first is called in the child, inside the namespace, before the command.
+        """
         process.check_argv(argv)
+        def inside() -> None:
+            begin(descriptor)
+            first()
         with self.open() as descriptor:
-            return process.spawn(argv, first=lambda: _begin(descriptor))
+            return process.spawn(argv, first=inside)
+
+    def open_socket(self, family: int, kind: int, protocol: int, prepare: Callable[[socket.socket], object]
+                    ) -> socket.socket:
+        """A socket(2) of the namespace, made and prepared in a child that has entered it; the caller stays.
+
+        It belongs to the namespace for ever, whoever holds it.  The child sends it back: SCM_RIGHTS, unix(7).
+        """
+        ours, theirs = socket.socketpair()
+        def send() -> None:
+            with socket.socket(family, kind, protocol) as made:
+                prepare(made)
+                socket.send_fds(theirs, [b"x"], [made.fileno()])
+        with ours, theirs:
+            self.call(send)
+            _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        return socket.socket(fileno=descriptors[0])
 
     def sysctl(self, name: str, value: object = None) -> str:
         """Write a setting of the namespace, as "net.ipv4.ip_forward", if a value is given; what it is then."""
@@ -105,8 +128,8 @@ def enter(descriptor: int) -> None:
     syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
 
 
-def _begin(descriptor: int) -> None:
-    """Between fork(2) and execve(2): enter the namespace, and end when the caller ends, even by a kill -9."""
+def begin(descriptor: int) -> None:
+    """The first thing in a forked child: enter the namespace, and end when the caller ends, even by a kill -9."""
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     enter(descriptor)
 
