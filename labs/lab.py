@@ -36,10 +36,9 @@ CHURN_FILES = ("systemd-private-", ".", "ssh-", "pytest-of-", "tmp.")
 PODMAN_FOLDERS = ("/var/lib/containers/storage", "/var/lib/containers/storage/overlay-images",
                   "/var/lib/containers/storage/overlay-containers", "/var/lib/containers/storage/volumes",
                   "/etc/containers/networks")
-# Podman binds its store onto itself while it runs, and lets it go at a time of its own.
-PODMAN_STORE = "/var/lib/containers/storage/overlay"
-# The first `ip netns add` of a machine binds this onto itself, and leaves it so: ip-netns(8).
-NETNS_DIRECTORY = "/run/netns"
+# What a first use binds and leaves so, or lets go at a time of its own: Podman's store onto itself, the directory of
+# `ip netns add` (ip-netns(8)), and Docker's name for the machine's own network namespace (`--network host`).
+LASTING_MOUNTS = ("/var/lib/containers/storage/overlay", "/run/netns", "/run/docker/netns/default")
 CHURN_MOUNTS = ("/run/user/", "/proc/sys/fs/binfmt_misc", "/run/credentials/")
 
 
@@ -79,7 +78,7 @@ def snapshot(full: bool = False) -> Snapshot:
         frozenset(_namespaces(running)),
         frozenset(f"link {name}" for name in os.listdir("/sys/class/net")),
         frozenset(f"mount {m.fstype} {m.target}" for m in mounts.table()
-                  if not m.target.startswith(CHURN_MOUNTS) and m.target not in (PODMAN_STORE, NETNS_DIRECTORY)),
+                  if not m.target.startswith(CHURN_MOUNTS) and m.target not in LASTING_MOUNTS),
         frozenset(f"cgroup {path}" for path in _cgroups()),
         frozenset(f"process {name} ({_service(pid) or pid})" for pid, name in running.items()),
         frozenset(f"file {path}" for path in _files()),

@@ -31,6 +31,13 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     return True
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tell a failure at once: pytest's own summary comes at the end, and a run may be cut short before it."""
+    if report.failed:
+        QUESTIONS.write(f"✗ {report.nodeid} ({report.when})\n{report.longreprtext}\n")
+        QUESTIONS.flush()
+
+
 def _file(item: pytest.Item) -> str:
     return str(item.path.relative_to(item.config.rootpath))
 

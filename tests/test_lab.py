@@ -41,6 +41,13 @@ def test_a_daemon_that_was_restarted_is_the_same_machine():
     assert [line for line in before.diff(lab.snapshot(full=True)) if "dockerd" in line or " nft " in line] == []
 
 
+def test_what_a_first_use_leaves_for_good_is_no_change():
+    before = lab.snapshot(full=True)
+    command("docker", "run", "--rm", "--network=host", "busybox:lab", "true")
+    assert "/run/docker/netns/default" in command("findmnt", "--raw", "--noheadings", "--output=TARGET").split()
+    process.until(lambda: before.diff(lab.snapshot(full=True)) == [])
+
+
 def test_a_zombie_is_seen():
     before = lab.snapshot()
     pid = os.fork()

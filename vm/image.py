@@ -4,6 +4,7 @@ cache/vm-KEY/            one finished image; KEY is a hash of everything that go
     disk.raw             the file system, never written again
     boot.qcow2 ram.zst   the booted machine: what changed on the disk, and its memory (the snapshot)
     vmlinuz initrd       what QEMU boots
+    qemu/                the QEMU that emulates, out of the disk, with its libraries and firmware
     id_ed25519 host_key  the ssh keys of this machine; token: JupyterLab's
     meta.json            written last: sizes and checksums of the files above
 """
@@ -94,7 +95,7 @@ def broken(image: Path) -> str | None:
     """Return why a cached image cannot be used, or None when every file is as it was written."""
     try:
         meta = json.loads((image / "meta.json").read_text())["files"]
-        for name in FILES:
+        for name in {*FILES, *meta}:
             size, crc = meta[name]
             if (image / name).stat().st_size != size:
                 return f"{name} has another size than was written"
@@ -156,7 +157,8 @@ def build(place: Path) -> None:
         _disk(part, log)
     with step("build: first boot"):
         _first_boot(part, log)
-    files = {name: ((part / name).stat().st_size, checksum(part / name)) for name in FILES}
+    names = [*FILES, *(str(path.relative_to(part)) for path in (part / "qemu").iterdir())]
+    files = {name: ((part / name).stat().st_size, checksum(part / name)) for name in names}
     (part / "meta.json").write_text(json.dumps({"files": files, "built": time.strftime("%F %T")}, indent=1))
     part.rename(place)
     for old in sorted(CACHE.glob("vm-????????????"), key=lambda p: p.stat().st_mtime)[:-2]:
@@ -290,8 +292,16 @@ def _machine_files(part: Path, own: Path) -> None:
     write("etc/ssh/lab_host_key", (part / "host_key").read_text(), 0o600)
 
 
+# the loader and the libraries are those that ldd(1) names; `tar -h` packs what a link leads to within the root
+_EMULATOR = """
+cd "$2" && mkdir qemu && chroot "$1" sh -c 'tar -chf - --transform="s,.*/,," "$0" \
+	$(ldd "$0" | grep -o "/[^ ]*") $(ls /usr/share/seabios/*.bin /usr/share/qemu/*.bin)' "$3" | tar -C qemu -xf -
+"""
+
+
 def _disk(part: Path, log: Path) -> None:
     root = part / "root"
+    run([*as_root(), "sh", "-euc", _EMULATOR, "sh", root, part, f"/usr/bin/{arch().qemu}"], log)
     for name in ("vmlinuz", "initrd"):
         newest = max((root / "boot").glob(f"{name}*"))
         run([*as_root(), "install", "-m", "644", newest, part / name], log)

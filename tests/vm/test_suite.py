@@ -69,10 +69,11 @@ def test_two_machines_run_each_file_once(place, capsys):
     assert sorted((place / "log").read_text().split()) == ["+test_b.py", "+test_c.py"]
 
 
-def test_a_failure_is_told_at_the_end_in_one_piece(place, capsys):
+def test_a_failure_is_told_at_once_and_at_the_end_in_one_piece(place, capsys):
     write(place, bad=0)
     assert suite.Lanes().share(1, session(place, "-ra"), suite.Handout(sizes)) == 1
-    ending = capsys.readouterr().out.partition("▸ lab machine 1 ends\n")[2]
+    meanwhile, _, ending = capsys.readouterr().out.partition("▸ lab machine 1 ends\n")
+    assert re.search(r"^✗ test_a.py::test_it\[0\] \(call\)\n(.*\n)+.*assert 0 != 0", meanwhile, re.MULTILINE)
     assert re.search(r"^FAILED .*test_a.py::test_it\[0\]", ending, re.MULTILINE) and "3 failed, 3 passed" in ending
 
 
