@@ -38,7 +38,8 @@ PODMAN_FOLDERS = ("/var/lib/containers/storage", "/var/lib/containers/storage/ov
                   "/etc/containers/networks")
 # What a first use binds and leaves so, or lets go at a time of its own: Podman's store onto itself, the directory of
 # `ip netns add` (ip-netns(8)), and Docker's name for the machine's own network namespace (`--network host`).
-LASTING_MOUNTS = ("/var/lib/containers/storage/overlay", "/run/netns", "/run/docker/netns/default")
+NETNS_DIRECTORY = "/run/netns"
+LASTING_MOUNTS = ("/var/lib/containers/storage/overlay", NETNS_DIRECTORY, "/run/docker/netns/default")
 CHURN_MOUNTS = ("/run/user/", "/proc/sys/fs/binfmt_misc", "/run/credentials/")
 
 
