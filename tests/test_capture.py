@@ -49,6 +49,13 @@ def read_with_tcpdump(path, *more):
                           check=True).stdout.splitlines()
 
 
+def once(packets):
+    """Without what was sent again: a loaded machine answers later than TCP likes to wait."""
+    seen = set()
+    keys = [(one.place, one.way, one.flags, one.sequence, one.payload) for one in packets]
+    return [one for one, key in zip(packets, keys, strict=True) if not (key in seen or seen.add(key))]
+
+
 # Heard
 
 
@@ -56,7 +63,7 @@ def test_one_packet_at_five_places_in_order(walk):
     before = os.readlink("/proc/self/ns/net")
     with capture.listen(walk.client, walk.host, walk.web) as heard:
         assert fetch(walk, 41001) == "labs-web sees 192.0.2.2"
-        packets = heard.until(lambda seen: any("FIN" in one.flags for one in seen))
+        packets = once(heard.until(lambda seen: any("FIN" in one.flags for one in seen)))
         assert heard.lost() == 0
     assert os.readlink("/proc/self/ns/net") == before
     syn = [one for one in packets if one.flags == "SYN"]
