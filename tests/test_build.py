@@ -221,10 +221,10 @@ def store(tmp_path_factory):
 def buildah(place, store):
     """`buildah build`; what it built as a layout, and its configuration."""
 
-    def run(target=None):
-        out(*store, "build", "--isolation=chroot", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", "--layers",
-            "--format=docker", "--build-arg=BASE=oci:/opt/labs/images:busybox", "--tag=made",
-            *([f"--target={target}"] if target else []), place / "context")
+    def run(target=None, source=place, layers="true"):
+        out(*store, "build", "--isolation=chroot", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024",
+            f"--layers={layers}", "--format=docker", "--build-arg=BASE=oci:/opt/labs/images:busybox", "--tag=made",
+            *([f"--target={target}"] if target else []), source / "context")
         config = json.loads(out(*store, "inspect", "--type=image", "made"))["Docker"]["config"]
         out(*store, "push", "--format=oci", "made", f"oci:{place}/buildah:made")
         return config
@@ -232,12 +232,22 @@ def buildah(place, store):
     return run
 
 
-@pytest.mark.parametrize("target", ["build", None])
-def test_layers_as_buildah_makes_them(place, buildah, target):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What FILES builds from its context, once for all builders: its first stage as "build", the image as "None"."""
+    place = tmp_path_factory.mktemp("files")
+    (place / "context").mkdir()
     context(place / "context")
-    built(place, FILES, args={"BASE": "busybox"}, target=target)
-    buildah(target)
-    mine, theirs = comparable(entries(place / "labs", "made")), comparable(entries(place / "buildah", "made"))
+    image.Layout.create(place / "labs")
+    for target in ("build", None):
+        built(place, FILES, name=str(target), args={"BASE": "busybox"}, target=target)
+    return place
+
+
+@pytest.mark.parametrize("target", ["build", None])
+def test_layers_as_buildah_makes_them(place, files, buildah, target):
+    buildah(target, files)
+    mine, theirs = comparable(entries(files / "labs", str(target))), comparable(entries(place / "buildah", "made"))
     assert mine == theirs
     assert len(mine) > (15 if target else 3)
 
@@ -255,7 +265,7 @@ def settings_of(config):
 @pytest.mark.parametrize("text", [SETTINGS, ENTRY], ids=["settings", "entrypoint"])
 def test_settings_as_buildah_writes_them(place, buildah, text):
     made = built(place, text, args={"BASE": "busybox"})
-    theirs = settings_of(buildah())
+    theirs = settings_of(buildah(layers="false"))  # one commit in place of twenty
     if "SHELL" in text:
         theirs["Cmd"] = ["/bin/busybox", "ash", "-c", "echo $A"]  # buildah gives CMD to /bin/sh, whatever SHELL says
     assert settings_of(made.image.run) == theirs
@@ -265,9 +275,9 @@ def test_settings_as_buildah_writes_them(place, buildah, text):
 def docker(place):
     """`docker build`; what it built as a layout, and its configuration."""
 
-    def run(target=None):
+    def run(target=None, source=place):
         out("docker", "build", "--quiet", "--build-arg=BASE=busybox:lab", "--tag=labs-made", "--network=none",
-            *([f"--target={target}"] if target else []), place / "context")
+            *([f"--target={target}"] if target else []), source / "context")
         out("skopeo", "copy", "docker-daemon:labs-made:latest", f"oci:{place}/docker:made")
         return json.loads(out("docker", "image", "inspect", "labs-made"))[0]["Config"]
 
@@ -275,14 +285,17 @@ def docker(place):
     out("docker", "image", "rm", "--force", "labs-made")
 
 
-@pytest.mark.parametrize(("text", "target"), [(FILES, "build"), (FILES, None), (SCRIPTS, None)],
-                         ids=["files", "from stages", "here-documents"])
-def test_layers_as_docker_makes_them(place, docker, text, target):
-    context(place / "context")
-    built(place, text, args={"BASE": "busybox"}, target=target)
-    docker(target)
-    mine, theirs = comparable(entries(place / "labs", "made")), comparable(entries(place / "docker", "made"))
+@pytest.mark.parametrize("target", ["build", None])
+def test_layers_as_docker_makes_them(place, files, docker, target):
+    docker(target, files)
+    mine, theirs = comparable(entries(files / "labs", str(target))), comparable(entries(place / "docker", "made"))
     assert mine == [{path: _whiteout_without_mode(path, entry) for path, entry in one.items()} for one in theirs]
+
+
+def test_here_documents_as_docker_runs_them(place, docker):
+    built(place, SCRIPTS, args={"BASE": "busybox"})
+    docker()
+    assert comparable(entries(place / "labs", "made")) == comparable(entries(place / "docker", "made"))
 
 
 def _whiteout_without_mode(path, entry):
