@@ -305,9 +305,12 @@ def _subscribed(child: process.Child) -> bool:
     """Whether a child has a socket of NETLINK_NETFILTER that has joined a group: proc_pid_net(5)."""
     if process.readable(child.pidfd, 0):
         raise ChildFailed("listen to netfilter", detail=f"the command ended with status {child.wait().shell}")
-    sockets = process.descriptors(child.pid).values()
-    with open(f"/proc/{child.pid}/net/netlink", encoding="utf-8") as file:
-        rows = [line.split() for line in file][1:]
+    try:
+        sockets = process.descriptors(child.pid).values()
+        with open(f"/proc/{child.pid}/net/netlink", encoding="utf-8") as file:
+            rows = [line.split() for line in file][1:]
+    except OSError:  # it ended since then: the next look tells
+        return False
     return any(int(row[1]) == NETLINK_NETFILTER and int(row[3], 16) and f"socket:[{row[9]}]" in sockets
                for row in rows)
 

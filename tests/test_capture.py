@@ -297,3 +297,11 @@ def test_a_match_that_nft_refuses_leaves_nothing(walk):
 def test_a_command_that_ends_at_once(walk):
     with pytest.raises(errors.ChildFailed, match="status 1"), capture.follow(walk.host, ["false"]):
         pass
+
+
+def test_a_command_that_ends_between_two_looks(monkeypatch):
+    with process.spawn(["false"]) as child:
+        process.until(lambda: process.readable(child.pidfd, 0))
+        monkeypatch.setattr(process, "readable", lambda *_: False)
+        assert capture._subscribed(child) is False
+        monkeypatch.undo()
