@@ -245,7 +245,7 @@ def files(tmp_path_factory):
 
 
 def test_layers_as_buildah_makes_them(place, files, buildah):
-    """The stage with every instruction; buildah takes minutes in the lab machine, so the last stage is Docker's alone."""
+    """The stage with every instruction; buildah takes minutes in the lab machine, the last stage is Docker's alone."""
     buildah("build", files)
     mine, theirs = comparable(entries(files / "labs", "build")), comparable(entries(place / "buildah", "made"))
     assert mine == theirs
