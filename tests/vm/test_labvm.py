@@ -193,10 +193,12 @@ def test_the_guest_has_no_way_out(one):
         assert guest(one, f"curl -sS --max-time 5 http://{address}/").returncode in (7, 28)
 
 
-def test_the_build_left_nothing_of_the_host_in_the_image(one):
-    """Its certificates, the package settings were needed there, not here."""
+def test_the_build_left_what_is_needed_and_nothing_of_the_host(one):
+    """The host's certificates and package settings were for the build alone."""
     left = "/etc/labs-host-ca.pem /etc/apt/apt.conf.d/99mmdebstrap /var/cache/apt/archives/*.deb"
     assert guest(one, f"ls -d {left}").stdout == ""
+    assert guest(one, "ls /opt/labs/rootfs").stdout.split() == ["busybox", "debian"]
+    assert guest(one, "test -x /opt/labs/venv/bin/jupyter-lab").returncode == 0
     assert json.loads(guest(one, "cat /etc/labs-machine").stdout)["backend"] == "qemu"
 
 
