@@ -34,8 +34,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Tell a failure at once: pytest's own summary comes at the end, and a run may be cut short before it."""
     if report.failed:
-        QUESTIONS.write(f"✗ {report.nodeid} ({report.when})\n{report.longreprtext}\n")
-        QUESTIONS.flush()
+        print(f"✗ {report.nodeid} ({report.when})\n{report.longreprtext}", file=QUESTIONS, flush=True)
 
 
 def _file(item: pytest.Item) -> str:
@@ -43,6 +42,5 @@ def _file(item: pytest.Item) -> str:
 
 
 def _ask(offered: list[str]) -> str:
-    QUESTIONS.write(f"{FREE}{json.dumps(offered)}\n")
-    QUESTIONS.flush()
+    print(f"{FREE}{json.dumps(offered)}", file=QUESTIONS, flush=True)
     return ANSWERS.readline().strip()

@@ -302,6 +302,6 @@ def test_a_command_that_ends_at_once(walk):
 def test_a_command_that_ends_between_two_looks(monkeypatch):
     with process.spawn(["false"]) as child:
         process.until(lambda: process.readable(child.pidfd, 0))
-        monkeypatch.setattr(process, "readable", lambda *_: False)
-        assert capture._subscribed(child) is False
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(process, "readable", lambda *_: False)
+            assert capture._subscribed(child) is False

@@ -98,17 +98,8 @@ class Machine:
         a, kvm = arch(), accelerator() == "kvm"
         cpus = min(4, os.cpu_count() or 1)
         argv = [
-            *(
-                *emulator(self.image),
-                "-name",
-                "read.container-lab",
-                "-machine",
-                a.machine,
-                "-smp",
-                str(cpus),
-                "-m",
-                str(MEMORY_MIB),
-            ),
+            *emulator(self.image),
+            *("-name", "read.container-lab", "-machine", a.machine, "-smp", str(cpus), "-m", str(MEMORY_MIB)),
             *(
                 ("-accel", "kvm", "-cpu", "host")
                 if kvm
