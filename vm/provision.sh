@@ -48,6 +48,10 @@ install_python() {
 import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_path("purelib"), "labs-repository.pth").write_text(sys.argv[1] + "\n")
 PY
+	# pytest rewrites its plugins, and hypothesis is a large one: done here once, an emulated machine finds the bytecode
+	printf 'import hypothesis\n' >$venv/test_warm.py
+	$venv/bin/python -m pytest --quiet --collect-only --rootdir=$venv -c /dev/null $venv/test_warm.py >/dev/null || [ $? = 5 ]
+	rm $venv/test_warm.py
 	mkdir -p $venv/share/jupyter/lab/settings
 	cat >$venv/share/jupyter/lab/settings/overrides.json <<'JSON'
 {
