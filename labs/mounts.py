@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from labs import machine, syscalls
-from labs.errors import BadInput
+from labs.errors import BadInput, KernelError
 from labs.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_STRICTATIME
 
 
@@ -49,6 +49,31 @@ def root(rows: Sequence[Mount]) -> Mount | None:
     """
     seen = {row.id for row in rows}
     return next((row for row in rows if row.target == "/" and row.parent not in seen), None)
+
+
+def holding(path: str) -> Mount:
+    """The mount that a path of this process lies on: mnt_id in proc_pid_fdinfo(5)."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("open", error.errno or 0, path) from error
+    try:
+        fields = dict(line.split(":", 1) for line in machine.read_file(f"/proc/self/fdinfo/{fd}").splitlines())
+    finally:
+        os.close(fd)
+    return next(row for row in table() if row.id == int(fields["mnt_id"]))
+
+
+def within(row: Mount, path: str) -> str:
+    """A path on that mount as its filesystem knows it: what stands in the root field when it is bound elsewhere."""
+    inside = os.path.relpath(os.path.realpath(path), row.target)
+    return os.path.normpath(os.path.join(row.root, inside))
+
+
+def peers(row: Mount) -> dict[str, int]:
+    """The propagation of a mount: {"shared": 3, "master": 1}, {"unbindable": 0} or {}, mount_namespaces(7)."""
+    tags = (tag.partition(":") for tag in row.propagation.split(" ") if tag != "private")
+    return {kind: int(number or 0) for kind, _, number in tags}
 
 
 def _parse(line: str) -> Mount:
