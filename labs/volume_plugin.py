@@ -81,7 +81,7 @@ class Driver:
 
     def _remove(self, asked: dict[str, Any]) -> dict[str, Any]:
         if users := self.mounted.get(asked["Name"]):
-            raise BadInput("volume", asked["Name"], f"is mounted for {sorted(users)[0][:12]}")
+            raise BadInput("volume", asked["Name"], f"is mounted for {min(users)[:12]}")
         self.volumes.remove(asked["Name"])
         return {"Err": ""}
 

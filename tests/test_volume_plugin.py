@@ -86,7 +86,8 @@ def test_docker_uses_it(driver):
     name = machine.new_name("v")
     out("docker", "volume", "create", "--driver=labs-t", name)
     try:
-        out("docker", "run", "--rm", "--network=none", "-v", f"{name}:/data", "busybox:lab", "sh", "-c", "echo hi > /data/word")
+        out("docker", "run", "--rm", "--network=none", f"--volume={name}:/data", "busybox:lab",
+            "sh", "-c", "echo hi > /data/word")
         with open(f"{driver.volumes.get(name).path}/word", encoding="utf-8") as file:
             assert file.read() == "hi\n"
         assert driver.mounted[name] == set()
