@@ -60,7 +60,7 @@ _NUMBERS = {
 }
 MACHINE = os.uname().machine
 _COMMON = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
-           "openat2": 437, "mount_setattr": 442}
+           "openat2": 437, "mount_setattr": 442, "quotactl_fd": 443}
 
 # PyDLL keeps the interpreter's lock during a call: no other thread runs between a call and its errno.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -155,6 +155,11 @@ def mount_setattr(tree: int, path: Path = "", attr_set: int = 0, attr_clr: int =
     attr = _MountAttr(attr_set, attr_clr, propagation, userns_fd)
     flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
     _syscall("mount_setattr", tree, _encode(path), flags, ctypes.byref(attr), ctypes.sizeof(attr), path=path)
+
+
+def quotactl_fd(fd: int, command: int, number: int, block: bytearray) -> None:
+    """quotactl_fd(2): ask or set the quota of one user, group or project on the filesystem of an open file."""
+    _syscall("quotactl_fd", fd, command, number, (ctypes.c_char * len(block)).from_buffer(block))
 
 
 def unshare(flags: int) -> None:
