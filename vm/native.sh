@@ -42,8 +42,8 @@ root)
 	cd /lab
 	find . -mindepth 1 -delete
 	tar -xf -
-	# process 1 must take in orphans, as the labs expect of it
-	exec env -i PATH=/opt/labs/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
+	# process 1 takes in orphans, as the labs expect of it; a job in the background of a shell ignores SIGINT
+	exec env -i --default-signal=INT,QUIT PATH=/opt/labs/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
 		LANG=C.UTF-8 catatonit -- "$@" </dev/null
 	;;
 esac
