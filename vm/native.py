@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from vm.guest import packing
 from vm.labvm import RUN
 from vm.steps import LabError, run, step
 
-HERE = RUN / "native"
 # what is collected once need not be compiled again in every machine: their Python is the same
 _COLLECT = """
 python -m pytest --collect-only -qq -m machine "$@" >collected || [ $? = 5 ] || { cat collected >&2; exit 1; }
@@ -54,17 +54,19 @@ class Native(NamedTuple):
 @contextlib.contextmanager
 def native(image: Path) -> Iterator[Native | None]:
     """The image's file system with this clone in it; None where this machine or this user cannot run it."""
-    place = Native(HERE / "disk.raw", HERE / "tree.tar")
+    for killed in RUN.glob("native-*"):
+        if not Path("/proc", killed.name.split("-")[1]).exists():
+            shutil.rmtree(killed)
+    here = Path(tempfile.mkdtemp(prefix=f"native-{os.getpid()}-", dir=RUN))
+    place = Native(here / "disk.raw", here / "tree.tar")
     try:
         yield place if os.geteuid() == 0 and _ready(place, image) else None
     finally:
-        shutil.rmtree(HERE, ignore_errors=True)
+        shutil.rmtree(here, ignore_errors=True)
 
 
 def _ready(place: Native, image: Path) -> bool:
     log = RUN / "native.log"
-    shutil.rmtree(HERE, ignore_errors=True)
-    HERE.mkdir(parents=True)
     with step("the lab's file system for this kernel"):
         run(["cp", "--sparse=always", "--reflink=auto", image / "disk.raw", place.disk], log)
         run(packing(str(place.tree)), log)
