@@ -80,20 +80,24 @@ class Call(NamedTuple):
 
 
 def parse(lines: Iterable[str]) -> list[Call]:
-    """The finished calls that `strace -f` wrote, in the order in which they ended; signals and exits are left out."""
-    calls: list[Call] = []
-    begun: dict[str, str] = {}
-    for line in lines:
+    """The finished calls that `strace -f` wrote, in the order in which they ended; signals and exits are left out.
+
+    Of a call that makes a process the beginning counts: what the child does may come before its end.
+    """
+    calls: list[tuple[int, Call]] = []
+    begun: dict[str, tuple[int, str]] = {}
+    for number, line in enumerate(lines):
         if half := BEGUN.match(line):
-            begun[half["pid"]] = half["text"]
+            begun[half["pid"]] = number, half["text"]
             continue
+        start, joined = number, line
         if (rest := ENDED.match(line)) and rest["pid"] in begun:
-            joined = f"{rest['pid']} {begun.pop(rest['pid'])}{rest['text']}"
-        else:
-            joined = line
+            start, text = begun.pop(rest["pid"])
+            joined = f"{rest['pid']} {text}{rest['text']}"
         if whole := LINE.match(joined):
-            calls.append(Call(int(whole["pid"]), whole["name"], split(whole["args"]), whole["result"].strip()))
-    return calls
+            call = Call(int(whole["pid"]), whole["name"], split(whole["args"]), whole["result"].strip())
+            calls.append((start if call.made else number, call))
+    return [call for _, call in sorted(calls, key=lambda entry: entry[0])]
 
 
 def split(text: str) -> tuple[str, ...]:

@@ -16,6 +16,12 @@ FREE = "\x1efree "
 ANSWERS, QUESTIONS = os.fdopen(os.dup(0)), os.fdopen(os.dup(2), "w")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A cell of the book belongs to the lab machine, whatever it asks for: the reader runs it there."""
+    if item.path.suffix == ".ipynb":
+        item.add_marker("machine")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool:
     """Run what is handed out; each file begins and ends as if it were the only one."""

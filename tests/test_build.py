@@ -285,6 +285,7 @@ def docker(place):
     out("docker", "image", "rm", "--force", "labs-made")
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("target", ["build", None])
 def test_layers_as_docker_makes_them(place, files, docker, target):
     docker(target, files)
@@ -292,6 +293,7 @@ def test_layers_as_docker_makes_them(place, files, docker, target):
     assert mine == [{path: _whiteout_without_mode(path, entry) for path, entry in one.items()} for one in theirs]
 
 
+@pytest.mark.machine
 def test_here_documents_as_docker_runs_them(place, docker):
     built(place, SCRIPTS, args={"BASE": "busybox"})
     docker()
@@ -304,6 +306,7 @@ def _whiteout_without_mode(path, entry):
     return (kind, "0o0", *rest) if os.path.basename(path).startswith(".wh.") and mode == "0o600" else entry
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("text", [SETTINGS, ENTRY], ids=["settings", "entrypoint"])
 def test_settings_as_docker_writes_them(place, docker, text):
     made = built(place, text, args={"BASE": "busybox"})
@@ -322,6 +325,7 @@ CMD ["cat /word; pwd; echo $MORE; id -u"]
 
 @pytest.mark.parametrize("engine", [["docker"], ["podman"], ["podman", f"--runtime={RUNTIME}"]],
                          ids=["docker", "podman", "labs-runtime"])
+@pytest.mark.machine
 def test_an_image_runs_under(place, engine):
     built(place, RUNS)
     to = "docker-daemon:labs-made:lab" if engine == ["docker"] else "containers-storage:localhost/labs-made:lab"
@@ -583,6 +587,7 @@ def test_what_build_is_called_with(place, options, said):
     assert refused(place, "FROM busybox\nARG A\nRUN true", BadInput, **options) == said
 
 
+@pytest.mark.machine
 def test_what_was_finished_before_an_error_is_in_the_cache(place):
     refused(place, "FROM busybox\nRUN echo x > /x\nRUN false")
     assert hits(built(place, "FROM busybox\nRUN echo x > /x\nRUN true")) == "+-"

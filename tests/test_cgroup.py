@@ -200,6 +200,7 @@ def test_the_default_rules_are_those_of_runc():
     assert {path for path, error in answers.items() if "not permitted" in error} == set()
 
 
+@pytest.mark.machine
 class TestLimits:
     """What the controllers do."""
 

@@ -7,6 +7,8 @@ import pytest
 from labs import cgroup, process
 from labs.check import container as check
 
+pytestmark = pytest.mark.machine
+
 DOCKER = {"memory": "96M", "swap": "96M", "cpus": 1.5, "pids": 50}
 EAT = ["tail", "/dev/zero"]
 

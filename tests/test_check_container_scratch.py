@@ -17,10 +17,12 @@ def box() -> Iterator[container.Container]:
         yield running
 
 
+@pytest.mark.machine
 def test_a_container_on_the_hosts_network_passes(box: container.Container) -> None:
     assert check.shares_network(box.pid).passed
 
 
+@pytest.mark.machine
 def test_other_limits_are_named() -> None:
     with container.Container(["sleep", "100"], network=True) as running:
         assert "`max` のまま" in check.shares_network(running.pid).message
@@ -28,6 +30,7 @@ def test_other_limits_are_named() -> None:
         assert str(32 << 20) in check.shares_network(running.pid).message
 
 
+@pytest.mark.machine
 def test_a_network_of_its_own_is_too_much() -> None:
     with container.Container(["sleep", "100"], memory="24M") as running:
         assert "`net` だけ" in check.shares_network(running.pid).message

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from labs import network
+from labs import network, process
 from labs.check import UNANSWERED
 from labs.check import network_modes as check
 from labs.container import Container
@@ -123,6 +123,7 @@ class TestWidest:
         site.host.run(["ip", "link", "set", "vx42", "down"])
         verdict = check.widest(site)
         site.host.run(["ip", "link", "set", "vx42", "up"])
+        process.until(lambda: check._answers(site.web, "10.42.0.3"), what="the bridge to hear that its port is up")
         assert "トンネルを変えていませんか" in verdict.message
 
     def test_passes_and_one_byte_more_is_lost(self, site):

@@ -44,6 +44,7 @@ def only_child(pid: int) -> int:
     return child
 
 
+@pytest.mark.machine
 def test_entered() -> None:
     with contained() as outer:
         target = only_child(outer.pid)
@@ -58,6 +59,7 @@ def test_entered() -> None:
                 hint(check.entered(inside, target), "cgroup はホスト")
 
 
+@pytest.mark.machine
 def test_a_child_of_the_shim_is_refused() -> None:
     script = "sleep 60 & exec sleep 60"
     with process.spawn(["sh", "-c", script]) as shim:

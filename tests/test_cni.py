@@ -284,6 +284,7 @@ def test_what_was_not_added_cannot_be_checked(host, who):
         cni.Caller(host, listed(PLUGIN)).check(who)
 
 
+@pytest.mark.machine
 def test_containerd_calls_it(host, tmp_path):
     (tmp_path / "10-labs.conflist").write_text(json.dumps(listed(PLUGIN)))
     script = f"""mount --bind {tmp_path} /etc/cni/net.d

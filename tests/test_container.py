@@ -520,6 +520,7 @@ for options in ({}, {"user": True}, {"init": True}, {"time_offset": 1}, {"memory
     assert (done.stdout, done.stderr) == ("0\n" * 5, "")
 
 
+@pytest.mark.machine
 class TestLimits:
     """What needs the controllers."""
 

@@ -427,6 +427,7 @@ def test_values_as_buildah_has_them(buildah):
     assert configured(text) == read(buildah(text))
 
 
+@pytest.mark.machine
 def test_values_as_docker_has_them(docker):
     text = dockerfile_of(EXPANSIONS + WITHOUT_COLON) + NOT_CONTINUED
     assert configured(text) == read(docker(text))
@@ -441,6 +442,7 @@ SHELL ["/bin/other", "-x"]
 """
 
 
+@pytest.mark.machine
 def test_health_and_another_escape_as_docker_has_them(docker):
     config = docker(HEALTH_TEXT)
     found = dockerfile.parse(HEALTH_TEXT)
@@ -453,6 +455,7 @@ def test_health_and_another_escape_as_docker_has_them(docker):
     assert config["Shell"] == list(shell.words)
 
 
+@pytest.mark.machine
 def test_here_documents_of_copy_as_docker_has_them(tmp_path):
     text = "FROM scratch\nENV x=val\nCOPY <<a <<'b' <<-c /d/\n" + "".join(
         f"""{indent}$x ${{x:-w}} "q" 'r $x' \\$x \\\\ \\n "'\n{indent}{name}\n""" for name, indent in

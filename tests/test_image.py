@@ -364,6 +364,7 @@ def test_chain_ids_are_those_of_the_specification():
 
 
 class TestEngines:
+    @pytest.mark.machine
     def test_docker_names_its_layers_by_chain_id(self):
         """The lab's images stand in Docker; the directories of its layer database are named by chain ids."""
         for name in ("busybox", "webapp"):
@@ -374,6 +375,7 @@ class TestEngines:
                 place = Path("/var/lib/docker/image/overlay2/layerdb", chain.replace(":", "/"))
                 assert (place / "diff").read_text() == diff_id
 
+    @pytest.mark.machine
     def test_containerd_names_its_snapshots_by_chain_id(self, tmp_path):
         ctr = ("ctr", "--namespace", machine.new_name("t"))
         tool(*SKOPEO, "copy", f"oci:{IMAGES}:webapp", f"oci-archive:{tmp_path}/a.tar:labs/webapp:test")
@@ -386,6 +388,7 @@ class TestEngines:
         finally:
             tool("ctr", "namespaces", "remove", ctr[-1])
 
+    @pytest.mark.machine
     def test_docker_too_makes_a_directory_in_the_place_of_a_lower_layers_link(self, layout, disk):
         image.copy(LAB, "busybox", layout)
         busybox = image.load(layout, "busybox")

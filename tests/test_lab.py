@@ -31,6 +31,7 @@ def test_a_process_is_seen_with_its_command_line():
     assert not [line for line in changes_by(before) if "sleep 12345" in line]
 
 
+@pytest.mark.machine
 def test_a_daemon_that_was_restarted_is_the_same_machine():
     def main_pid():
         words = ["systemctl", "show", "--property=MainPID", "--value", "docker.service"]
@@ -41,6 +42,7 @@ def test_a_daemon_that_was_restarted_is_the_same_machine():
     assert [line for line in before.diff(lab.snapshot(full=True)) if "dockerd" in line or " nft " in line] == []
 
 
+@pytest.mark.machine
 def test_what_a_first_use_leaves_for_good_is_no_change():
     before = lab.snapshot(full=True)
     command("docker", "run", "--rm", "--network=host", "busybox:lab", "true")
@@ -195,6 +197,7 @@ MADE = {
 }
 
 
+@pytest.mark.machine
 def test_what_docker_holds_is_what_its_client_lists():
     subprocess.run(["docker", "create", "--name", "labs-t", "busybox:lab"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["docker", "volume", "create", "labs-t"], check=True, stdout=subprocess.DEVNULL)
@@ -206,6 +209,7 @@ def test_what_docker_holds_is_what_its_client_lists():
         subprocess.run(["docker", "volume", "rm", "labs-t"], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.machine
 def test_what_podman_holds_is_asked_again_when_it_changed(monkeypatch):
     before = set(lab._podman())
     assert before == listed("podman")

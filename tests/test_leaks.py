@@ -43,8 +43,6 @@ SLOW = {
     "nft": Leak("nft add table inet labs-leaked", "nft delete table inet labs-leaked", "+ nft table inet labs-leaked"),
     "image": Leak("docker tag busybox:lab leaked:lab", "docker rmi leaked:lab", "+ docker image "),
 }
-if not Path("/run/docker.sock").exists():
-    del SLOW["image"]
 
 
 @pytest.fixture
@@ -93,6 +91,7 @@ def test_each_kind_is_reported_at_the_test_that_left_it(run, tmp_path):
     assert "ERROR at teardown of test_clean" not in output
 
 
+@pytest.mark.machine
 def test_slow_kinds_are_reported_at_the_last_test_of_the_module(run, tmp_path):
     write_tests(tmp_path / "test_inner.py", SLOW | {"last": Leak("true", "", "")})
     output = run()
@@ -116,6 +115,7 @@ def test_a_module_fixture_is_no_leak_of_its_first_test(run, tmp_path):
     assert "2 passed in" in output.splitlines()[-1], output
 
 
+@pytest.mark.machine
 def test_a_notebook_is_held_to_account_after_its_kernel_is_gone(run, tmp_path):
     leaks = LEAKS | SLOW
     write_notebook(tmp_path / "a_clean.ipynb", "import subprocess\nchild = subprocess.Popen(['sleep', '1'])")

@@ -64,6 +64,7 @@ def test_private_macvlans_do_not_reach_each_other(lan):
         assert [reaches(lan[name], "192.0.2.10") for name in ("out", "two")] == [True, False]
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("mode", links.IPVLAN_MODES)
 def test_ipvlan_has_the_mode_and_the_mac_of_the_card(lan, mode):
     with links.ipvlan(lan["host"], "eth0", lan["one"], address="192.0.2.10/24", mode=mode):

@@ -29,6 +29,7 @@ def test_no_board_for_an_unknown_architecture() -> None:
         microvm.qemu_command(128 << 20, "/initramfs", "riscv64")
 
 
+@pytest.mark.machine
 def test_the_guest_runs_a_kernel_of_its_own(vm: microvm.MicroVM) -> None:
     boot_id = "/proc/sys/kernel/random/boot_id"
     assert vm.run("uname -r").strip() == os.uname().release
@@ -36,6 +37,7 @@ def test_the_guest_runs_a_kernel_of_its_own(vm: microvm.MicroVM) -> None:
     assert vm.boot_seconds > 0
 
 
+@pytest.mark.machine
 def test_an_answer_is_that_of_one_command(vm: microvm.MicroVM) -> None:
     assert vm.run("echo one; echo two >&2; exit 3") == "one\ntwo\n"
     assert vm.run("cat") == ""
@@ -43,21 +45,25 @@ def test_an_answer_is_that_of_one_command(vm: microvm.MicroVM) -> None:
     assert len(vm.run("head -c 200000 /dev/zero | tr '\\0' x")) == 200_000
 
 
+@pytest.mark.machine
 def test_the_guest_has_the_containers_files(vm: microvm.MicroVM) -> None:
     assert set(vm.run("ls /bin").split()) == set(os.listdir(f"{machine.ROOTFS['busybox']}/bin"))
 
 
+@pytest.mark.machine
 def test_the_guests_memory_is_counted_in_its_cgroup(vm: microvm.MicroVM) -> None:
     assert vm.cgroup.procs() == [vm.pid]
     assert process.status(vm.pid).threads > 1
     assert (16 << 20) < int(vm.cgroup.read("memory.current")) < (1 << 30)
 
 
+@pytest.mark.machine
 def test_one_line_at_a_time(vm: microvm.MicroVM) -> None:
     with pytest.raises(BadInput, match="one line"):
         vm.run("echo a\necho b")
 
 
+@pytest.mark.machine
 def test_a_panic_of_the_guest_ends_qemu_alone(vm: microvm.MicroVM) -> None:
     with pytest.raises(Timeout):
         vm.run("sleep 5", timeout=0.1)

@@ -198,6 +198,7 @@ def unit(name):
 GONE = ("inactive", "")
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("kind", ["scope", "slice"])
 def test_a_unit_is_ended_by_systemd_which_made_it(made, scope, kind):
     if kind == "slice":
@@ -213,6 +214,7 @@ def test_a_unit_is_ended_by_systemd_which_made_it(made, scope, kind):
     assert not list(Path("/sys/fs/cgroup").rglob(scope))
 
 
+@pytest.mark.machine
 def test_a_scope_whose_command_was_killed_for_its_memory_is_not_kept_as_failed(made, scope):
     made.config["process"]["args"] = ["tail", "/dev/zero"]
     made.write_config(made.config)
@@ -225,6 +227,7 @@ def test_a_scope_whose_command_was_killed_for_its_memory_is_not_kept_as_failed(m
     assert unit(scope) == GONE
 
 
+@pytest.mark.machine
 def test_a_scope_of_somebody_else_is_refused_and_stays(made, scope):
     with subprocess.Popen(["systemd-run", "--quiet", "--scope", f"--unit={scope}", "sleep", "1000"]) as other:
         until(lambda: unit(scope)[0] == "active")
@@ -236,6 +239,7 @@ def test_a_scope_of_somebody_else_is_refused_and_stays(made, scope):
     until(lambda: unit(scope) == GONE)
 
 
+@pytest.mark.machine
 def test_a_limit_that_the_kernel_refuses_leaves_no_scope(made, scope):
     made.config["linux"]["resources"]["unified"] = {"memory.high": "much"}
     made.write_config(made.config)

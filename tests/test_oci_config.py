@@ -489,6 +489,7 @@ def explained(name, runtime):
     return {what: who for (case, other, what), (who, _) in DIFFERENCES.items() if (case, other) == (name, runtime)}
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", TABLE)
 def test_a_container_is_as_with_the_other_runtimes(name, others):
     case = TABLE[name]

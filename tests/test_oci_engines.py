@@ -10,6 +10,8 @@ import pytest
 
 from labs import machine, process
 
+pytestmark = pytest.mark.machine
+
 RUNTIME = str(Path(__file__).resolve().parent.parent / "bin" / "labs-runtime")
 PODMAN = {"labs": ["podman", "--runtime", RUNTIME], "own": ["podman"]}
 DOCKER = {"labs": ["--runtime=labs"], "own": ["--runtime=runc"]}

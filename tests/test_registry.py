@@ -738,6 +738,7 @@ def test_a_registry_that_cannot_start_says_so(monkeypatch, tmp_path):
 # The engines
 
 
+@pytest.mark.machine
 class TestEngines:
     """These need a Docker daemon, and Podman's store: they run in the lab machine."""
 

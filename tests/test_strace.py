@@ -45,8 +45,8 @@ def test_split(text: str, words: tuple[str, ...]) -> None:
 
 
 def test_parse_joins_halves_and_drops_signals_and_exits() -> None:
-    names = ["prctl", "clone", "execve", "clone3", "unshare", "clone", "seccomp", "prctl", "prctl", "unshare"]
-    assert [call.name for call in CALLS] == names
+    names = ["clone", "prctl", "execve", "clone3", "clone", "unshare", "seccomp", "prctl", "prctl", "unshare"]
+    assert [call.name for call in CALLS] == names  # what a child did while its maker's clone was not over comes after
     assert CALLS[2].args[0] == '"/usr/sbin/runc"'
     assert [call.made for call in CALLS if call.made] == [11, 12, 13]
     assert [call.name for call in CALLS if call.failed] == ["seccomp"]
@@ -63,7 +63,7 @@ def test_runtime_begins_at_its_own_execve() -> None:
 
 
 def test_story() -> None:
-    told = ["execve(/usr/sbin/runc)", "unshare(NEWNS|NEWUTS)", "clone(PARENT)", "prctl(CAPBSET_DROP) ×2"]
+    told = ["execve(/usr/sbin/runc)", "clone(PARENT)", "unshare(NEWNS|NEWUTS)", "prctl(CAPBSET_DROP) ×2"]
     assert strace.story(strace.runtime(CALLS)) == told
 
 

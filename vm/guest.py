@@ -29,6 +29,12 @@ LEFT_OUT = (
 UP = "up"
 
 
+def packing(target: str) -> list[str]:
+    """Return the command line that writes this clone, as a machine gets it, to a tar file."""
+    excludes = [f"--exclude={name}" for name in LEFT_OUT]
+    return ["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", target, "."]
+
+
 class Guest(NamedTuple):
     """A running lab machine, whatever runs it: the ssh command line that reaches its root shell."""
 
@@ -45,10 +51,8 @@ class Guest(NamedTuple):
 
     def push(self) -> None:
         """Copy this clone to the guest's /lab, replacing what was there."""
-        excludes = [f"--exclude={name}" for name in LEFT_OUT]
-        pack = ["tar", "-C", str(REPO), *excludes, "--owner=0", "--group=0", "-cf", "-", "."]
         unpack = f"mkdir -p {GUEST_REPO} && cd {GUEST_REPO} && find . -mindepth 1 -delete && tar -xf - && touch .pushed"
-        with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
+        with subprocess.Popen(packing("-"), stdout=subprocess.PIPE) as tar:
             status = subprocess.run([*self.ssh, unpack], stdin=tar.stdout).returncode
         if tar.returncode or status:
             raise LabError("the repository could not be copied into the lab machine")

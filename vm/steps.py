@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 MOVING = True  # a line that moves while a step runs; two steps at once cannot share a terminal's line
 
@@ -45,15 +46,18 @@ def _spin(name: str, start: float, done: threading.Event) -> None:
         print(f"\r  {name:<42} {bar}{elapsed:7.1f} s", end="", flush=True)
 
 
-def run(argv: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+def run(
+    argv: Sequence[str | Path],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    stdin: IO[bytes] | int = subprocess.DEVNULL,
+) -> None:
     """Run a command, its output appended to `log`; on failure raise LabError with the last lines and the log's name."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         out.write(("\n$ " + " ".join(map(str, argv)) + "\n").encode())
         out.flush()
-        status = subprocess.run(
-            [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=cwd
-        ).returncode
+        status = subprocess.run([str(a) for a in argv], stdin=stdin, stdout=out, stderr=out, env=env).returncode
     if status:
         tail = "\n".join("    " + line for line in log.read_text(errors="replace").splitlines()[-12:])
         raise LabError(

@@ -1,8 +1,9 @@
 """`./lab test`: every test, each on the machine it belongs to.
 
-The host's own tests (lint, site, vm) run in one lane and a lab machine's in another; when the host's are done, a second
-machine takes what is still to do. An emulated machine keeps about one core busy, so two lanes keep two cores busy.
-The machines share the files of tests and notebooks one by one: tests/share.py is their end of it.
+The host's own tests (lint, site, vm) run in one lane. In the other the machine's image is built, then what asks for no
+lab machine runs in its file system (vm/native.py). When a lane is done, a lab machine goes on in it with the rest: an
+emulated machine keeps about one core busy, so two lanes keep two cores busy. The machines share the files of tests and
+notebooks one by one: tests/share.py is their end of it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
 
 from vm import steps
 from vm.guest import GUEST_PYTHON, GUEST_REPO, backend, fresh_guest
 from vm.image import CACHE, NEED_MEMORY, REPO, image, memory_available
+from vm.native import native
 from vm.site import build_site, environment
 from vm.steps import LabError
 
@@ -68,10 +70,13 @@ def _host_pytest(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return [str(bin_ / "python"), "-m", "pytest", "--durations=5", *paths], env
 
 
+LEFT_OUT = [f"--ignore={path}" for path in HOST_TESTS]
+
+
 def _guest_pytest(*arguments: str) -> str:
-    left_out = " ".join(f"--ignore={path}" for path in HOST_TESTS)
     book = "--nbval --nbval-current-env --nbval-sanitize-with book/nbval-sanitize.cfg --nbval-cell-timeout 600"
-    return f"cd {GUEST_REPO} && {GUEST_PYTHON} -m pytest --durations=25 {left_out} {book} {shlex.join(arguments)}"
+    words = shlex.join([*LEFT_OUT, *arguments])
+    return f"cd {GUEST_REPO} && {GUEST_PYTHON} -m pytest --durations=25 {book} {words}"
 
 
 # ── two lanes ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,6 +105,13 @@ class Handout:
 def _weight(path: str) -> tuple[bool, int]:
     """Notebooks first, then by size: the nearest thing to the time a file takes that needs no keeping."""
     return path.endswith(".ipynb"), (REPO / path).stat().st_size
+
+
+class Rest(NamedTuple):
+    """What is left for the lab machines: pytest's arguments, and bytecode (a tar file) that spares them compiling."""
+
+    arguments: list[str]
+    bytecode: bytes
 
 
 class Lanes:
@@ -152,17 +164,34 @@ class Lanes:
         """Run tests of the host's own."""
         argv, env = _host_pytest(paths)
         self.say(f"▸ on this machine: pytest {' '.join(paths)}\n")
-        with self.command(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
+        return self.tell(argv, env=env, stdin=subprocess.DEVNULL)
+
+    def natively(self) -> tuple[int, Rest]:
+        """Run on this machine's kernel what needs no more; return the status, and what is left."""
+        with native(image()) as place:
+            if place is None:
+                return 0, Rest(["tests", "book"], b"")
+            files, bytecode = place.collect(*LEFT_OUT, "tests")
+            self.say("▸ in the lab's file system on this kernel: pytest -m 'not machine' tests\n")
+            argv = place.command("python", "-m", "pytest", "--durations=10", *LEFT_OUT, "-m", "not machine", "tests")
+            with place.tree.open("rb") as tree:
+                return self.tell(argv, stdin=tree), Rest(["-m", "machine", *files, "book"], bytecode)
+
+    def tell(self, argv: Sequence[str], **how: Any) -> int:
+        """Run a command and print what it prints."""
+        with self.command(argv, stderr=subprocess.STDOUT, **how) as process:
             for line in process.stdout or ():
                 self.say(line)
         return process.returncode
 
-    def guest(self, number: int, handout: Handout) -> int:
+    def guest(self, number: int, handout: Handout, rest: Rest) -> int:
         """Run in a machine of its own what `handout` gives it."""
         self.require_going_on()  # before a machine is started
         with fresh_guest(f"test{number}") as guest:
-            self.say(f"▸ in lab machine {number}: pytest tests book\n")
-            return self.share(number, [*guest.ssh, _guest_pytest("-p", "tests.share", "tests", "book")], handout)
+            if rest.bytecode:
+                subprocess.run([*guest.ssh, f"tar -C {GUEST_REPO} -xf -"], input=rest.bytecode, check=True)
+            self.say(f"▸ in lab machine {number}: the machine's tests, and the book\n")
+            return self.share(number, [*guest.ssh, _guest_pytest("-p", "tests.share", *rest.arguments)], handout)
 
     def share(self, number: int, argv: Sequence[str], handout: Handout) -> int:
         """Run one pytest with tests/share.py and answer it; what it says at its end is printed in one piece."""
@@ -205,19 +234,24 @@ def _in_two_lanes() -> int:
     steps.MOVING = False
     lanes, handout = Lanes(), Handout(_weight)
 
-    def second() -> int:
+    def host() -> int:
         status = lanes.host("tests/lint", "tests/site")
         image()  # the other lane may still be building it
-        status = lanes.host("tests/vm") or status
-        return lanes.guest(2, handout) or status
+        return lanes.host("tests/vm") or status
+
+    def guest(number: int) -> int:
+        return lanes.guest(number, handout, natively.result()[1])
 
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(lanes.guest, 1, handout), pool.submit(second)]
+        natively = pool.submit(lanes.natively)
+        others = [pool.submit(host), pool.submit(guest, 1), pool.submit(guest, 2)]
+        everything: list[Future[Any]] = [natively, *others]
         try:
-            statuses = [future.result() for future in as_completed(futures)]
+            for future in as_completed(everything):
+                future.result()
         except BaseException:
             lanes.end()
             raise
     if left := handout.left():
         raise LabError(f"test: {' '.join(left)}: no machine ran it")
-    return next(filter(None, statuses), 0)
+    return next(filter(None, [natively.result()[0], *(other.result() for other in others)]), 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-SCRIPTS = ["lab", "vm/provision.sh", "vm/images/build.sh", ".ci/run"]
+SCRIPTS = ["lab", "vm/native.sh", "vm/provision.sh", "vm/images/build.sh", ".ci/run"]
 TOOLS = {
     "code": ["-m", "ruff", "check", "."],
     "types": ["-m", "mypy"],

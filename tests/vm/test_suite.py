@@ -6,7 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat import v4
 
 from vm import suite
 from vm.steps import LabError
@@ -95,8 +97,19 @@ def test_after_the_end_nothing_begins(place):
     with pytest.raises(LabError, match="the other lane broke"):
         lanes.share(1, session(place), suite.Handout(sizes))
     with pytest.raises(LabError, match="the other lane broke"):
-        lanes.guest(1, suite.Handout(sizes))
+        lanes.guest(1, suite.Handout(sizes), suite.Rest([], b""))
     assert not (place / "log").exists()
+
+
+def test_a_cell_belongs_to_the_machine_and_a_marked_test_to_it_alone(place, capsys):
+    (place / "test_a.py").write_text("import pytest\n@pytest.mark.machine\ndef test_it():\n    pass\n")
+    (place / "book.ipynb").write_text(
+        nbformat.writes(v4.new_notebook(cells=[v4.new_code_cell("one = 1", execution_count=1)]))
+    )
+    handout = suite.Handout(lambda path: (path.endswith(".ipynb"), 1))
+    assert suite.Lanes().share(1, session(place, "--nbval", "--nbval-current-env", "-m", "machine"), handout) == 0
+    output = capsys.readouterr().out
+    assert "2 passed, 3 deselected" in output and handout.known == {"book.ipynb", "test_a.py"}
 
 
 def test_the_end_takes_what_a_command_started_too(place):
