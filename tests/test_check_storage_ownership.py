@@ -77,7 +77,7 @@ class TestBorrowed:
     def test_another_disk(self, disk, top):
         check.foreign(str(top / "other"))
         with mounts.bind(str(top / "other"), disk[1]):
-            assert "`{disk}` ではありません".format(disk=disk[0]) in check.borrowed(*disk).message
+            assert f"`{disk[0]}` ではありません" in check.borrowed(*disk).message
 
 
 class TestServed:
@@ -94,8 +94,8 @@ class TestServed:
         assert os.listdir(site[0]) == []
 
     @pytest.mark.parametrize(("uids", "gids", "readonly", "hint"), [
-        ([(1000, 33, 1)], None, False, "33 番に見えます。コンテナの中では 65534 番です。コンテナの `uid_map` にある外の番号は 100000 から"),
-        ([(0, 100_000, 65_536)], None, False, "101000 番に見えます。コンテナの中では 1000 番です。中の 33 番は、ホストの 100033 番"),
+        ([(1000, 33, 1)], None, False, "中では 65534 番です。コンテナの `uid_map` にある外の番号は 100000 から"),
+        ([(0, 100_000, 65_536)], None, False, "中では 1000 番です。中の 33 番は、ホストの 100033 番"),
         ([(1000, 100_033, 1)], None, True, "書き込めません"),
         ([(1000, 100_033, 1)], [(1000, 100_034, 1), (5, 100_033, 1)], False, "1000:5 のもの"),
     ])
