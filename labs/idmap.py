@@ -61,7 +61,7 @@ def _own(pid: int) -> bool:
 
 @contextmanager
 def bind(source: str, target: str, uids: Rows, gids: Rows | None = None, readonly: bool = False) -> Iterator[str]:
-    """Show source on target, each file with the owner that the map says.
+    """Show source on target, private, each file with the owner that the map says.
 
     uids, gids: rows of (on the filesystem, through the mount, how many); gids are as uids where not given.  An owner
     in no row shows as OVERFLOW_ID, and nobody writes under that one.
@@ -70,6 +70,7 @@ def bind(source: str, target: str, uids: Rows, gids: Rows | None = None, readonl
     tree = _mapped(source, uids, gids, syscalls.MOUNT_ATTR_RDONLY if readonly else 0)
     try:
         syscalls.move_mount(tree, target)
+        syscalls.mount_setattr(tree, propagation=syscalls.MS_PRIVATE)  # it was made shared below a shared one
     finally:
         os.close(tree)
     try:
@@ -91,14 +92,13 @@ def answer(path: str) -> str:
 
 
 def _mapped(source: str, uids: Rows, gids: Rows | None = None, attributes: int = 0) -> int:
-    """A private, mapped mount of source that is nowhere yet, for syscalls.move_mount."""
+    """A mapped mount of source that is nowhere yet, for syscalls.move_mount."""
     if not uids:
         raise BadInput("uids", uids, "must have one row at least")
     with user_namespace(uids, gids) as userns:
         tree = syscalls.open_tree(source)
         try:
-            syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP | attributes,
-                                   propagation=syscalls.MS_PRIVATE, userns_fd=userns)
+            syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP | attributes, userns_fd=userns)
         except KernelError as error:
             os.close(tree)
             raise KernelError(f"mount_setattr: {UNABLE}", error.errno or 0, source) from error
