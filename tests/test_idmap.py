@@ -89,7 +89,7 @@ def test_a_filesystem_that_cannot_says_so_and_nothing_is_mounted(disk):
 
 
 def test_a_shared_mount_is_shown_as_a_private_one(disk):
-    """The copy that open_tree makes is a peer of its source, and below a shared mount it is shared: mount_namespaces(7)."""
+    """Below a shared mount it would be shared: mount_namespaces(7)."""
     syscalls.mount(None, str(disk), None, syscalls.MS_SHARED)
     with idmap.bind(str(disk / "files"), str(disk / "seen"), [(0, 0, 1)]):
         assert mounts.peers(mounts.holding(str(disk / "seen"))) == {}
