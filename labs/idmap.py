@@ -67,7 +67,16 @@ def bind(source: str, target: str, uids: Rows, gids: Rows | None = None, readonl
     in no row shows as OVERFLOW_ID, and nobody writes under that one.
     Raises KernelError, EINVAL, where the filesystem cannot do it.
     """
-    tree = _mapped(source, uids, gids, syscalls.MOUNT_ATTR_RDONLY if readonly else 0)
+    if not uids:
+        raise BadInput("uids", uids, "must have one row at least")
+    with user_namespace(uids, gids) as userns, attach(source, target, userns, readonly):
+        yield target
+
+
+@contextmanager
+def attach(source: str, target: str, userns: int, readonly: bool = False) -> Iterator[str]:
+    """The same with the maps of a user namespace that is there: one serves any number of mounts."""
+    tree = _mapped(source, userns, syscalls.MOUNT_ATTR_RDONLY if readonly else 0)
     try:
         syscalls.move_mount(tree, target)
         syscalls.mount_setattr(tree, propagation=syscalls.MS_PRIVATE)  # it was made shared below a shared one
@@ -85,21 +94,19 @@ def answer(path: str) -> str:
     The mount is made and mapped, and never put anywhere.
     """
     try:
-        os.close(_mapped(path, [(0, 1, 1)]))
+        with user_namespace([(0, 1, 1)]) as userns:
+            os.close(_mapped(path, userns))
     except KernelError as error:
         return errno.errorcode[error.errno or 0]
     return "ok"
 
 
-def _mapped(source: str, uids: Rows, gids: Rows | None = None, attributes: int = 0) -> int:
+def _mapped(source: str, userns: int, attributes: int = 0) -> int:
     """A mapped mount of source that is nowhere yet, for syscalls.move_mount."""
-    if not uids:
-        raise BadInput("uids", uids, "must have one row at least")
-    with user_namespace(uids, gids) as userns:
-        tree = syscalls.open_tree(source)
-        try:
-            syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP | attributes, userns_fd=userns)
-        except KernelError as error:
-            os.close(tree)
-            raise KernelError(f"mount_setattr: {UNABLE}", error.errno or 0, source) from error
+    tree = syscalls.open_tree(source)
+    try:
+        syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP | attributes, userns_fd=userns)
+    except KernelError as error:
+        os.close(tree)
+        raise KernelError(f"mount_setattr: {UNABLE}", error.errno or 0, source) from error
     return tree

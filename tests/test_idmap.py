@@ -152,6 +152,14 @@ def test_groups_have_a_map_of_their_own(disk):
         syscalls.umount2(str(disk / "seen"))
 
 
+def test_one_namespace_serves_many_mounts(disk):
+    (disk / "again").mkdir()
+    with idmap.user_namespace([(1000, 5000, 1)]) as userns, \
+            idmap.attach(str(disk / "files"), str(disk / "seen"), userns), \
+            idmap.attach(str(disk / "files"), str(disk / "again"), userns, readonly=True):
+        assert owners(disk / "seen") == owners(disk / "again") == {"mine": (5000, 5000), "roots": (65534, 65534)}
+
+
 def test_a_file_can_be_shown_alone(disk):
     with idmap.bind(str(disk / "files/mine"), str(disk / "files/roots"), [(1000, 5000, 1)]):
         assert owners(disk / "files") == {"mine": (1000, 1000), "roots": (5000, 5000)}
