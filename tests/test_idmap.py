@@ -3,13 +3,15 @@
 import errno
 import os
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from labs import container, idmap, machine, mounts
-from labs.errors import BadInput, KernelError
+from labs import container, idmap, machine, mounts, process, syscalls
+from labs.errors import BadInput, ChildFailed, KernelError
 
+ROWS = [(0, 1000, 1), (1, 100_000, 65_536)]
 AS_5000 = ("setpriv", "--reuid=5000", "--regid=5000", "--clear-groups")
 
 
@@ -25,6 +27,14 @@ def disk():
             os.chown(path, owner, owner)
         yield top
     top.rmdir()
+
+
+@contextmanager
+def unchanged():
+    """No mount and no open file more than before."""
+    before = mounts.table(), process.descriptors(os.getpid())
+    yield
+    assert (mounts.table(), process.descriptors(os.getpid())) == before
 
 
 def owners(folder):
@@ -72,19 +82,102 @@ def test_read_only(disk):
 
 
 def test_a_filesystem_that_cannot_says_so_and_nothing_is_mounted(disk):
-    before = mounts.table()
-    with pytest.raises(KernelError, match=r"cannot be id-mapped") as caught, \
+    with unchanged(), pytest.raises(KernelError, match=r"cannot be id-mapped") as caught, \
             idmap.bind("/proc/sys", str(disk / "seen"), [(0, 0, 1)]):
         pass
-    assert caught.value.errno == errno.EINVAL and mounts.table() == before
+    assert caught.value.errno == errno.EINVAL
 
 
-@pytest.mark.parametrize("rows", [[], [(0, 0, 0)], [(0, 0, 1), (0, 5, 1)]])
-def test_a_map_the_kernel_refuses(disk, rows):
-    before = mounts.table()
-    with pytest.raises((BadInput, KernelError)), idmap.bind(str(disk / "files"), str(disk / "seen"), rows):
+def test_a_shared_mount_is_shown_as_a_private_one(disk):
+    """Below a shared mount it would be shared: mount_namespaces(7)."""
+    syscalls.mount(None, str(disk), None, syscalls.MS_SHARED)
+    with idmap.bind(str(disk / "files"), str(disk / "seen"), [(0, 0, 1)]):
+        assert mounts.peers(mounts.holding(str(disk / "seen"))) == {}
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    ([], "must have one row at least"),
+    ([(0, 0, 0)], "write uid_map '0 0 0': Invalid argument"),
+    ([(0, 0, 1), (0, 5, 1)], "write uid_map"),
+    ([(-1, 0, 1)], "write uid_map"),
+])
+def test_a_map_the_kernel_refuses(disk, rows, said):
+    with unchanged(), pytest.raises((BadInput, KernelError), match=said), \
+            idmap.bind(str(disk / "files"), str(disk / "seen"), rows):
         pass
-    assert mounts.table() == before
+
+
+@pytest.mark.parametrize(("source", "target", "said"), [
+    ("missing", "seen", "open_tree: No such file"),
+    ("files", "missing", "move_mount: No such file"),
+    ("files", "seen/missing", "move_mount: No such file"),
+    ("files", "files/mine", "move_mount: Invalid argument"),
+    ("files/mine", "seen", "move_mount: Invalid argument"),
+])
+def test_nothing_to_mount_or_nowhere_to_mount_it(disk, source, target, said):
+    with unchanged(), pytest.raises(KernelError, match=said), \
+            idmap.bind(str(disk / source), str(disk / target), [(0, 1, 1)]):
+        pass
+
+
+def test_a_link_as_target_is_not_followed(disk):
+    (disk / "link").symlink_to("seen")
+    with unchanged(), pytest.raises(KernelError, match="move_mount"), \
+            idmap.bind(str(disk / "files"), str(disk / "link"), [(0, 1, 1)]):
+        pass
+
+
+def test_a_user_namespace_that_cannot_be_made_says_so_at_once():
+    """Whoever has no id in the user namespace around gets none of its own: unshare(2), EPERM."""
+    def said():
+        syscalls.unshare(syscalls.CLONE_NEWUSER)
+        try:
+            with idmap.user_namespace([(0, 0, 1)]):
+                return "made"
+        except ChildFailed as error:
+            return str(error)
+
+    assert process.call(said) == "unshare: Operation not permitted"
+
+
+def test_groups_have_a_map_of_their_own(disk):
+    os.chown(disk / "files/mine", 1000, 20)
+    with idmap.bind(str(disk / "files"), str(disk / "seen"), [(1000, 5, 1)], [(20, 6, 1)]):
+        assert owners(disk / "seen")["mine"] == (5, 6)
+    options = "X-mount.idmap=u:1000:5:1 g:20:6:1"
+    subprocess.run(["mount", "--bind", "-o", options, disk / "files", disk / "seen"], check=True)
+    try:
+        assert owners(disk / "seen")["mine"] == (5, 6)
+    finally:
+        syscalls.umount2(str(disk / "seen"))
+
+
+def test_one_namespace_serves_many_mounts(disk):
+    (disk / "again").mkdir()
+    with idmap.user_namespace([(1000, 5000, 1)]) as userns, \
+            idmap.attach(str(disk / "files"), str(disk / "seen"), userns), \
+            idmap.attach(str(disk / "files"), str(disk / "again"), userns, readonly=True):
+        assert owners(disk / "seen") == owners(disk / "again") == {"mine": (5000, 5000), "roots": (65534, 65534)}
+
+
+def test_a_file_can_be_shown_alone(disk):
+    with idmap.bind(str(disk / "files/mine"), str(disk / "files/roots"), [(1000, 5000, 1)]):
+        assert owners(disk / "files") == {"mine": (1000, 1000), "roots": (5000, 5000)}
+
+
+@pytest.mark.parametrize("number", [0, 1, 33, 1000, 65_536, 65_537, 100_000])
+def test_translate_counts_as_the_kernel_does(disk, number):
+    os.chown(disk / "files/mine", number, number)
+    with idmap.bind(str(disk / "files"), str(disk / "seen"), ROWS):
+        assert owners(disk / "seen")["mine"][0] == idmap.translate(ROWS, number)
+
+
+def test_answer_is_what_a_mount_would_meet(disk):
+    assert idmap.answer(str(disk)) == "ok"
+    assert idmap.answer("/proc/sys") == "EINVAL"
+    (disk / "upper").mkdir(), (disk / "work").mkdir()
+    with mounts.overlay([str(disk / "files")], str(disk / "upper"), str(disk / "work"), str(disk / "seen")):
+        assert idmap.answer(str(disk / "seen")) == "EINVAL"
 
 
 def test_a_container_with_its_own_ids_sees_its_owner(disk):
