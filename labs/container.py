@@ -506,13 +506,18 @@ def _copy_tree(bind: Bind) -> int:
 
 
 def _attach(tree: int, target: str) -> None:
-    """Attach it; what is missing of the target is made in the upper layer."""
+    """Attach it where target leads to, which is inside: / is the container's.
+
+    What is missing is made in the upper layer.  move_mount(2) alone follows no link at the end of a path.
+    """
     with process.step("mount point"):
         folder = stat.S_ISDIR(os.stat(tree).st_mode)
         os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)
         if not folder:
             _make_file(target)
-    syscalls.move_mount(tree, target)
+        onto = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    syscalls.move_mount(tree, target_fd=onto)
+    os.close(onto)
 
 
 def _hide() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from labs import machine, syscalls
@@ -51,17 +51,38 @@ def root(rows: Sequence[Mount]) -> Mount | None:
     return next((row for row in rows if row.target == "/" and row.parent not in seen), None)
 
 
-def holding(path: str) -> Mount:
-    """The mount that a path of this process lies on: mnt_id in proc_pid_fdinfo(5)."""
+def holding(path: str, pid: int | str = "self") -> Mount:
+    """The mount that a path of a process lies on, links followed, whatever was mounted there before."""
+    fd = _open(path) if pid == "self" else beneath(f"/proc/{pid}/root", path)
     try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError as error:
-        raise KernelError("open", error.errno or 0, path) from error
-    try:
-        fields = dict(line.split(":", 1) for line in machine.read_file(f"/proc/self/fdinfo/{fd}").splitlines())
+        return holding_fd(fd, pid)
     finally:
         os.close(fd)
-    return next(row for row in table() if row.id == int(fields["mnt_id"]))
+
+
+def holding_fd(fd: int, pid: int | str = "self") -> Mount:
+    """The mount that an open file lies on, which pid sees: mnt_id in proc_pid_fdinfo(5)."""
+    fields = dict(line.split(":", 1) for line in machine.read_file(f"/proc/self/fdinfo/{fd}").splitlines())
+    return next(row for row in table(pid) if row.id == int(fields["mnt_id"]))
+
+
+def beneath(root: str, path: str) -> int:
+    """A descriptor of a path as a process sees it whose / is root: no link leads out (openat2(2), RESOLVE_IN_ROOT).
+
+    It opens nothing (O_PATH), and stays what it is whatever is put in the path's place afterwards.
+    """
+    top = _open(root)
+    try:
+        return syscalls.openat2(top, path.lstrip("/") or ".", os.O_PATH, syscalls.RESOLVE_IN_ROOT)
+    finally:
+        os.close(top)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("open", error.errno or 0, path) from error
 
 
 def within(row: Mount, path: str) -> str:
@@ -114,6 +135,26 @@ def bind(source: str, target: str, readonly: bool = False, recursive: bool = Fal
         if readonly:
             make_readonly(target, recursive)
         yield target
+
+
+@contextmanager
+def bind_beneath(root: str, source: str, target: str, readonly: bool = False) -> Iterator[str]:
+    """A private bind mount of source, with all that is mounted below it, on a target that is looked up beneath root.
+
+    The target is opened once and the finished mount attached to what is open, move_mount(2): no link leads it out of
+    root, nobody can put another one there in between, and it is at no time writable when it should not be.
+    """
+    machine.require()
+    with ExitStack() as held:
+        onto = beneath(root, target)
+        held.callback(os.close, onto)
+        tree = syscalls.open_tree(source, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC | syscalls.AT_RECURSIVE)
+        held.callback(os.close, tree)
+        read_only = syscalls.MOUNT_ATTR_RDONLY if readonly else 0
+        syscalls.mount_setattr(tree, attr_set=read_only, propagation=MS_PRIVATE, recursive=True)
+        syscalls.move_mount(tree, target_fd=onto)
+        held.callback(syscalls.umount2, f"/proc/self/fd/{tree}", syscalls.MNT_DETACH)
+        yield os.readlink(f"/proc/self/fd/{tree}")
 
 
 def make_readonly(target: str, recursive: bool = False) -> None:

@@ -110,7 +110,7 @@ def namespaces(pids: Mapping[str, int], *, kinds: Iterable[str] = KINDS) -> Pict
     """
     columns, rows = [of(pid) for pid in pids.values()], []
     for kind in kinds:
-        letters = _Letters()
+        letters = Letters()
         rows.append([kind, *(letters[column[kind].inode] for column in columns)])
     return table(["namespace", *pids], rows, title="Namespaces: the same letter in a row is the same namespace")
 
@@ -408,13 +408,13 @@ def _mount_root(rows: Sequence[mounts.Mount], under: str, propagation: bool) -> 
     inside = [row for row in rows if row.target == under or row.target.startswith(under.rstrip("/") + "/")]
     if not inside:
         raise BadInput("under", under, "must be a mount point, or have one below it")
-    known, peers = {row.id for row in inside}, _Letters()
+    known, peers = {row.id for row in inside}, Letters()
     tops = [row for row in inside if row.parent not in known or row.parent == row.id]
     nodes = tuple(_mount_node(row, inside, propagation, peers) for row in tops)
     return nodes[0] if len(nodes) == 1 else Node((under,), nodes, faded=True)
 
 
-def _mount_node(row: mounts.Mount, rows: Sequence[mounts.Mount], propagation: bool, peers: _Letters) -> Node:
+def _mount_node(row: mounts.Mount, rows: Sequence[mounts.Mount], propagation: bool, peers: Letters) -> Node:
     kind = row.fstype + (" (read-only)" if "ro" in row.options.split(",") else "")
     lines = [_clip(stable(row.target)), kind]
     if propagation:
@@ -423,14 +423,14 @@ def _mount_node(row: mounts.Mount, rows: Sequence[mounts.Mount], propagation: bo
     return Node(tuple(lines), tuple(_mount_node(child, rows, propagation, peers) for child in below))
 
 
-def _propagation(row: mounts.Mount, peers: _Letters) -> str:
+def _propagation(row: mounts.Mount, peers: Letters) -> str:
     """The optional fields, with a letter in place of each peer group's number: shared:312 → shared A."""
     fields = [re.sub(r":(\d+)", lambda found: " " + peers[found[1]], word) for word in row.propagation.split()]
     return ", ".join(fields)
 
 
-class _Letters(dict[Any, str]):
-    """The first key asked for is A, the next new one B, and so on."""
+class Letters(dict[Any, str]):
+    """A letter for each number that differs from run to run: the first key asked for is A, the next new one B."""
 
     def __missing__(self, key: Any) -> str:
         self[key] = string.ascii_uppercase[len(self)] if len(self) < 26 else f"Z{len(self)}"

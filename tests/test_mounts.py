@@ -168,3 +168,83 @@ def test_api_filesystems_devices_and_paths_are_those_of_runcs_spec(tmp_path):
 def test_the_devices_are_the_hosts():
     for path, major, minor in mounts.DEVICES:
         assert os.stat(path).st_rdev == os.makedev(major, minor)
+
+
+HOLDING = """
+import sys
+from labs import syscalls
+syscalls.mount("tmpfs", sys.argv[1] + "/only", "tmpfs")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_holding_is_asked_of_another_process_too(tmp_path):
+    (tmp_path / "only").mkdir()
+    os.symlink("only", tmp_path / "link")
+    with subprocess.Popen(["unshare", "--mount", sys.executable, "-c", HOLDING, tmp_path],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "ready\n"
+        row = mounts.holding(f"{tmp_path}/link", child.pid)
+        assert (row.target, row.root, row.fstype) == (f"{tmp_path}/only", "/", "tmpfs")
+        assert mounts.holding(f"{tmp_path}/link").target != row.target
+        assert mounts.holding(f"{tmp_path}/link", os.getpid()) == mounts.holding(f"{tmp_path}/link")
+        child.stdin.close()
+
+
+@pytest.fixture
+def image(tmp_path):
+    """A root file system with links of all kinds at /data, and what they lead to: inside of it, and outside."""
+    with mounts.tmpfs(str(tmp_path)):
+        for folder in ("aim", "source/below", "root/aim", "root/plain", "root/a"):
+            (tmp_path / folder).mkdir(parents=True)
+        for name, link in (("relative", "../../../../aim"), ("absolute", "/aim"), ("through", "a/../../aim")):
+            os.symlink(link, tmp_path / "root" / name)
+        yield tmp_path
+
+
+@pytest.mark.parametrize(("target", "lands"), [
+    ("/plain", "plain"), ("plain", "plain"), ("/../plain", "plain"), ("/", ""), ("/relative", "aim"),
+    ("/absolute", "aim"), ("/through", "aim"), ("/../../aim", "aim")])
+def test_bind_beneath_stays_inside(image, target, lands):
+    with mounts.bind_beneath(str(image / "root"), str(image / "source"), target) as where:
+        assert where == os.path.normpath(image / "root" / lands)
+        assert os.listdir(where) == ["below"]
+        assert os.listdir(image / "aim") == []
+        assert findmnt("-o", "PROPAGATION", where)[0]["propagation"] == "private"
+    assert mounts.holding(where).target == str(image)
+
+
+def test_bind_beneath_finds_no_target_outside(image):
+    before = mounts.table(), os.listdir("/proc/self/fd")
+    os.symlink(str(image / "aim"), image / "root" / "host")
+    for target in ("/host", "/none"):
+        with pytest.raises(KernelError, match="openat2: No such file"), \
+                mounts.bind_beneath(str(image / "root"), str(image / "source"), target):
+            pass
+    with pytest.raises(KernelError, match="open_tree: No such file"), \
+            mounts.bind_beneath(str(image / "root"), str(image / "none"), "/plain"):
+        pass
+    assert before == (mounts.table(), os.listdir("/proc/self/fd"))
+
+
+def test_bind_beneath_is_read_only_as_a_whole_and_undone_by_what_it_is_not_by_its_name(image):
+    with mounts.tmpfs(str(image / "source/below")), \
+            mounts.bind_beneath(str(image / "root"), str(image / "source"), "/plain", readonly=True) as where:
+        for folder in (where, f"{where}/below"):
+            with pytest.raises(OSError, match="Read-only"):
+                os.mkdir(f"{folder}/new")
+        (image / "source/below/new").write_text("")
+        os.rename(image / "root", image / "moved")
+        os.mkdir(image / "root")
+    assert mounts.holding(str(image / "moved/plain")).target == str(image)
+
+
+def test_beneath_holds_what_it_opened(image):
+    fd = mounts.beneath(str(image / "root"), "/plain")
+    os.rename(image / "root/plain", image / "root/old")
+    os.symlink("../aim", image / "root/plain")
+    try:
+        assert os.path.samefile(f"/proc/self/fd/{fd}", image / "root/old")
+    finally:
+        os.close(fd)
