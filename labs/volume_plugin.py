@@ -109,13 +109,15 @@ class _Server(socketserver.ThreadingUnixStreamServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    """HTTP/1.0, one request a connection: nobody is served any more when the driver has gone."""
+
     server: _Server  # type: ignore[assignment]
+    timeout = 30.0
 
     def do_POST(self) -> None:
         """One request: the path is the method, the body its JSON, which Docker leaves out where there is nothing."""
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             request = json.loads(body or b"{}") or {}
         except ValueError:
             request = None

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 
 import pytest
 
@@ -82,6 +83,35 @@ def out(*command):
     return done.stdout
 
 
+@pytest.fixture
+def podman_knows_it(tmp_path, monkeypatch):
+    (tmp_path / "containers.conf").write_text(f'[engine.volume_plugins]\nlabs-t = "{SOCKET}"\n')
+    monkeypatch.setenv("CONTAINERS_CONF_OVERRIDE", str(tmp_path / "containers.conf"))
+
+
+def methods(driver):
+    return [call.method.removeprefix("VolumeDriver.") for call in driver.calls]
+
+
+def test_podman_keeps_its_volumes_there(driver, podman_knows_it):
+    name = machine.new_name("v")
+    out("podman", "volume", "create", "--driver=labs-t", name)
+    try:
+        assert [volume.name for volume in driver.volumes.list()] == [name]
+        assert out("podman", "volume", "ls", "--noheading").split() == ["labs-t", name]
+    finally:
+        out("podman", "volume", "rm", name)
+    assert driver.volumes.list() == [] and {"Plugin.Activate", "Create", "Remove"} <= set(methods(driver))
+
+
+def test_no_thread_and_no_socket_outlives_it(tmp_path):
+    threads = threading.active_count()
+    with volume_plugin.serve(storage.Volumes(str(tmp_path / "store")), "labs-t"):
+        assert post("Plugin.Activate")[0] == 200
+    assert threading.active_count() == threads and not os.path.exists(SOCKET)
+
+
+@pytest.mark.machine
 def test_docker_uses_it(driver):
     name = machine.new_name("v")
     out("docker", "volume", "create", "--driver=labs-t", name)
@@ -94,5 +124,5 @@ def test_docker_uses_it(driver):
     finally:
         out("docker", "volume", "rm", name)
     assert driver.volumes.list() == []
-    asked = [call.method.removeprefix("VolumeDriver.") for call in driver.calls]
+    asked = methods(driver)
     assert asked.index("Create") < asked.index("Mount") < asked.index("Unmount") < asked.index("Remove")
