@@ -30,7 +30,7 @@ from typing import IO, NamedTuple
 from labs import layer, machine, mounts, process, syscalls
 from labs.errors import BadInput, ChildFailed, KernelError
 
-STORE = f"{machine.DATA}/volumes"
+STORE = f"{machine.DATA}/{machine.PREFIX}volumes"
 DATA = "_data"
 # moby: daemon/names, RestrictedNamePattern
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
@@ -115,7 +115,7 @@ class Volumes:
             raise BadInput("volume", name, "no such volume") from None
         return Volume(name, f"{place}/{DATA}", facts["labels"], facts["created"])
 
-    def list(self, labels: Mapping[str, str] | None = None) -> list[Volume]:
+    def find(self, labels: Mapping[str, str] | None = None) -> list[Volume]:
         """Every volume with all of those labels, by name."""
         if not os.path.isdir(self.store):
             return []
@@ -149,7 +149,7 @@ class Volumes:
         with self._locked():
             for place in self._abandoned():
                 machine.remove_tree(place)
-        unused = [volume.name for volume in self.list(labels) if not self.users(volume.name)]
+        unused = [volume.name for volume in self.find(labels) if not self.users(volume.name)]
         for name in unused:
             self.remove(name)
         return unused

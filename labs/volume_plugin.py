@@ -70,7 +70,7 @@ class Driver:
             "VolumeDriver.Unmount": self._unmount,
             "VolumeDriver.Path": lambda asked: {"Mountpoint": self.volumes.get(asked["Name"]).path, "Err": ""},
             "VolumeDriver.Get": lambda asked: {"Volume": _row(self.volumes.get(asked["Name"])), "Err": ""},
-            "VolumeDriver.List": lambda _: {"Volumes": [_row(one) for one in self.volumes.list()], "Err": ""},
+            "VolumeDriver.List": lambda _: {"Volumes": [_row(one) for one in self.volumes.find()], "Err": ""},
         }
 
     def _create(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
 class _Handler(BaseHTTPRequestHandler):
     """HTTP/1.0, one request a connection: nobody is served any more when the driver has gone."""
 
-    server: _Server  # type: ignore[assignment]
+    server: _Server
     timeout = 30.0
 
     def do_POST(self) -> None:
@@ -121,8 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
             request = json.loads(body or b"{}") or {}
         except ValueError:
             request = None
-        known = isinstance(request, dict)
-        answer = self.server.driver.answer(self.path[1:], request) if known else {"Err": "the body is no JSON object"}
+        if isinstance(request, dict):
+            answer = self.server.driver.answer(self.path[1:], request)
+        else:
+            answer = {"Err": "the body is no JSON object"}
         text = json.dumps(answer).encode()
         self.send_response(500 if answer.get("Err") else 200)
         self.send_header("Content-Type", MEDIA_TYPE)

@@ -47,8 +47,8 @@ def test_a_volume_is_a_directory_with_a_name(volumes):
     volume = volumes.create("data", {"app": "web"})
     assert volume == volumes.get("data") == volumes.create("data") == volumes.create("data", {"app": "web"})
     assert volume.path == f"{volumes.store}/data/_data" and os.listdir(volume.path) == []
-    assert [one.name for one in volumes.list({"app": "web"})] == ["data"] and volumes.list({"app": "db"}) == []
-    assert len(volumes.create().name) == 64 and len(volumes.list()) == 2
+    assert [one.name for one in volumes.find({"app": "web"})] == ["data"] and volumes.find({"app": "db"}) == []
+    assert len(volumes.create().name) == 64 and len(volumes.find()) == 2
 
 
 @pytest.mark.parametrize("name", ["", "a", "../up", "a/b", ".hidden", "-x", "a b", "a\n"])
@@ -58,7 +58,7 @@ def test_names_that_docker_refuses(volumes, name):
             volumes.create(name)
     with pytest.raises(BadInput, match="volume"):
         volumes.get(name)
-    assert not os.path.exists(volumes.store) or volumes.list() == []
+    assert not os.path.exists(volumes.store) or volumes.find() == []
 
 
 def test_other_labels_are_refused(volumes):
@@ -123,7 +123,7 @@ def test_a_broken_tar_gives_no_volume(volumes, tmp_path):
         file.write(b"?" * 600)
     with pytest.raises(ChildFailed, match=r"^tar: This does not look like a tar archive$"):
         volumes.restore("again", str(tar))
-    assert [one.name for one in volumes.list()] == ["data"]
+    assert [one.name for one in volumes.find()] == ["data"]
     assert sorted(os.listdir(volumes.store)) == [".lock", "data"]
 
 
@@ -179,7 +179,7 @@ def test_a_disk_that_gets_full_leaves_nothing_of_a_copy(small, volumes, tmp_path
 def test_what_is_no_volume_is_not_listed(volumes):
     volumes.create("data")
     shell("mkdir lost+found other; touch plain", volumes.store)
-    assert [one.name for one in volumes.list()] == ["data"]
+    assert [one.name for one in volumes.find()] == ["data"]
     with pytest.raises(BadInput, match="no such volume"):
         volumes.get("other")
 
@@ -212,7 +212,7 @@ def test_a_tar_that_climbs_out_stays_in(volumes, tmp_path):
     with pytest.raises(ChildFailed):
         volumes.restore("bad", str(tmp_path / "bad.tar"))
     assert not (tmp_path / "planted").exists() and not os.path.exists(f"{volumes.store}/planted")
-    assert volumes.list() == []
+    assert volumes.find() == []
 
 
 def test_a_backup_that_fails_leaves_no_file(volumes, tmp_path):
@@ -233,7 +233,7 @@ def test_a_mounted_volume_is_in_use_and_an_unmounted_one_is_not(volumes):
         assert volumes.prune() == []
     process.until(lambda: volumes.users("data") == [])
     volumes.remove("data")
-    assert volumes.list() == [] and os.listdir(volumes.store) == [".lock"]
+    assert volumes.find() == [] and os.listdir(volumes.store) == [".lock"]
 
 
 def test_a_part_of_a_volume_is_a_use_of_it_and_a_longer_name_is_not(volumes):
@@ -264,6 +264,6 @@ def test_a_killed_maker_leaves_no_volume_and_prune_removes_the_rest(volumes, tmp
     volumes.backup("other", tar := str(tmp_path / "other.tar"))
     done = subprocess.run([sys.executable, "-c", KILLED, volumes.store, tar], check=False)
     assert done.returncode == -9
-    assert [one.name for one in volumes.list()] == ["other"] and len(os.listdir(volumes.store)) == 3
+    assert [one.name for one in volumes.find()] == ["other"] and len(os.listdir(volumes.store)) == 3
     assert volumes.prune() == ["other"]
     assert os.listdir(volumes.store) == [".lock"]

@@ -62,7 +62,7 @@ def test_the_life_of_a_volume(driver):
 def test_what_is_refused(driver, method, body, said):
     status, answer = post(method, body)
     assert status == 500 and said in answer["Err"]
-    assert driver.volumes.list() == []
+    assert driver.volumes.find() == []
 
 
 def test_one_driver_a_name_and_a_dead_ones_socket_is_taken_over(driver, tmp_path):
@@ -97,11 +97,11 @@ def test_podman_keeps_its_volumes_there(driver, podman_knows_it):
     name = machine.new_name("v")
     out("podman", "volume", "create", "--driver=labs-t", name)
     try:
-        assert [volume.name for volume in driver.volumes.list()] == [name]
+        assert [volume.name for volume in driver.volumes.find()] == [name]
         assert out("podman", "volume", "ls", "--noheading").split() == ["labs-t", name]
     finally:
         out("podman", "volume", "rm", name)
-    assert driver.volumes.list() == [] and {"Plugin.Activate", "Create", "Remove"} <= set(methods(driver))
+    assert driver.volumes.find() == [] and {"Plugin.Activate", "Create", "Remove"} <= set(methods(driver))
 
 
 def test_no_thread_and_no_socket_outlives_it(tmp_path):
@@ -123,6 +123,6 @@ def test_docker_uses_it(driver):
         assert driver.mounted[name] == set()
     finally:
         out("docker", "volume", "rm", name)
-    assert driver.volumes.list() == []
+    assert driver.volumes.find() == []
     asked = methods(driver)
     assert asked.index("Create") < asked.index("Mount") < asked.index("Unmount") < asked.index("Remove")
