@@ -9,8 +9,8 @@ from labs import process, storage, volume_plugin
 from labs.check import UNANSWERED
 from labs.check import storage_volumes as check
 
-RIGHT = {"/data/orders": "volume", "/data/cache/page": "tmpfs", "/data/spool/job": "layer", "/srv/orders": "volume",
-         "/conf/app.ini": "bind", "/root/note": "layer"}
+RIGHT = {"/data/orders": "volume", "/data/cache/page": "tmpfs", "/data/spool/job": "layer", "/opt/orders": "volume",
+         "/conf/app.ini": "bind", "/var/note": "layer"}
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ class TestFates:
         assert sorted(path.name for path in (tmp_path / volumes.get("puzzle").path).iterdir()) == [
             "cache", "orders", "spool"]
         upper = subprocess.run(["find", box.upper, "-type", "f"], capture_output=True, text=True, check=True).stdout
-        assert {name.removeprefix(box.upper) for name in upper.split()} == {"/root/note", "/tmp/job", "/tmp/ready"}
+        assert {name.removeprefix(box.upper) for name in upper.split()} == {"/var/note", "/tmp/job", "/tmp/ready"}
 
     def test_unanswered(self, running):
         assert check.fates(*running, ...).message == UNANSWERED
@@ -46,9 +46,9 @@ class TestFates:
         ("/data/orders", "layer", "`/data/orders` は `layer` にありません。`mounts.table"),
         ("/data/cache/page", "volume", "`/data/cache/page` は `volume` にありません。`mounts.table"),
         ("/data/spool/job", "volume", "`/data/spool/job` は `volume` にありません。シンボリックリンク"),
-        ("/srv/orders", "layer", "`/srv/orders` は `layer` にありません。シンボリックリンク"),
+        ("/opt/orders", "layer", "`/opt/orders` は `layer` にありません。シンボリックリンク"),
         ("/conf/app.ini", "volume", "`/conf/app.ini` は `volume` にありません。`mounts.table"),
-        ("/root/note", "tmpfs", "`/root/note` は `tmpfs` にありません。`mounts.table"),
+        ("/var/note", "tmpfs", "`/var/note` は `tmpfs` にありません。`mounts.table"),
     ])
     def test_hints(self, running, path, given, hint):
         verdict = check.fates(*running, RIGHT | {path: given})

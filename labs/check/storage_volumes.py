@@ -16,14 +16,14 @@ from labs.volume_plugin import Driver
 
 FATES = ("layer", "volume", "bind", "tmpfs")
 PUZZLE = """\
-mkdir -p /data/cache /srv
+mkdir -p /data/cache /opt
 mount -t tmpfs -o size=1m none /data/cache
-ln -s /data/orders /srv/orders
+ln -s /data/orders /opt/orders
 ln -s /tmp /data/spool
-touch /data/orders /data/cache/page /data/spool/job /conf/app.ini /root/note
+touch /data/orders /data/cache/page /data/spool/job /conf/app.ini /var/note
 touch /tmp/ready
 exec sleep 1000"""
-PATHS = ("/data/orders", "/data/cache/page", "/data/spool/job", "/srv/orders", "/conf/app.ini", "/root/note")
+PATHS = ("/data/orders", "/data/cache/page", "/data/spool/job", "/opt/orders", "/conf/app.ini", "/var/note")
 LOST = {
     "missing": "`{path}` が写っていません。",
     "added": "元にはない `{path}` があります。",
