@@ -249,6 +249,13 @@ class Volumes:
                 os.close(held)
 
 
+def shows(pid: int, target: str, path: str) -> bool:
+    """Whether what a process has mounted at target is that directory: device and root of its line in mountinfo."""
+    here = mounts.holding(path)
+    inside = mounts.within(here, path)
+    return any((row.target, row.dev, row.root) == (target, here.dev, inside) for row in mounts.table(pid))
+
+
 def listing(folder: str) -> dict[str, Facts]:
     """What a copy of a directory must keep: path → Facts, "." first."""
     below = ((path, f"{folder}/{path}", status) for path, status in layer.walk(folder))

@@ -46,7 +46,7 @@ class Driver:
 
     def __init__(self, volumes: Volumes) -> None:
         self.volumes, self.calls, self.mounted = volumes, list[Call](), dict[str, set[str]]()
-        self._lock = threading.Lock()
+        self._lock, self._told = threading.Lock(), 0
 
     def answer(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request; what cannot be done stands in "Err"."""
@@ -59,6 +59,12 @@ class Driver:
                 reply = {"Err": str(error)}
             self.calls.append(Call(method, request, reply))
             return reply
+
+    def news(self) -> list[str]:
+        """What was asked since news() was called last, in short: ["Create", "Mount"]."""
+        with self._lock:
+            fresh, self._told = self.calls[self._told:], len(self.calls)
+        return [call.method.removeprefix("VolumeDriver.") for call in fresh]
 
     def _methods(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         return {

@@ -244,6 +244,14 @@ def test_a_part_of_a_volume_is_a_use_of_it_and_a_longer_name_is_not(volumes):
         assert volumes.prune() == ["data-2"]
 
 
+def test_shows_compares_directories_and_not_names(volumes):
+    volume, other = volumes.create("data"), volumes.create("other")
+    with container.Container(["sleep", "600"], mounts=[(volume.path, "/data")]) as running:
+        assert storage.shows(running.pid, "/data", volume.path)
+        assert not storage.shows(running.pid, "/data", other.path)
+        assert not storage.shows(running.pid, "/date", volume.path)
+
+
 def test_what_outlives_the_container(volumes):
     volume = volumes.create("data")
     container.run(["sh", "-c", "echo kept > /data/word; echo lost > /word"], mounts=[(volume.path, "/data")])
