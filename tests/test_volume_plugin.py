@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import threading
 
@@ -98,6 +99,14 @@ def test_podman_keeps_its_volumes_there(driver, podman_knows_it):
     finally:
         out("podman", "volume", "rm", name)
     assert driver.volumes.find() == [] and {"Plugin.Activate", "Create", "Remove"} <= set(driver.news())
+
+
+def test_every_connection_is_closed_after_its_answer(driver):
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.settimeout(10)
+        engine.connect(SOCKET)
+        engine.sendall(b"POST /Plugin.Activate HTTP/1.1\r\nHost: plugin\r\nContent-Length: 0\r\n\r\n")
+        assert b"".join(iter(lambda: engine.recv(4096), b"")).endswith(b'{"Implements": ["VolumeDriver"]}')
 
 
 def test_no_thread_and_no_socket_outlives_it(tmp_path):
