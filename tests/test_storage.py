@@ -30,7 +30,8 @@ def listing(folder):
 SPECIAL = """
 printf abc > file; ln file hard; ln -s ../../etc/passwd soft; ln -s missing dangling; mkfifo pipe
 mkdir -m 1777 open; mkdir -m 750 deep; mkdir deep/er; printf x > deep/er/x; printf y > .wh.odd; mknod zero c 1 5
-truncate -s 1M hole; printf end >> hole; setfattr -n user.note -v hi file; setfattr -n trusted.note -v hi file; chown -R 1234:2345 deep
+truncate -s 1M hole; printf end >> hole; setfattr -n user.note -v hi file
+setfattr -n trusted.note -v hi file; chown -R 1234:2345 deep
 chmod 2755 deep/er; chown 7:8 .; chmod 711 .; touch -d @1000000000 deep/er/x deep/er deep .
 """
 
