@@ -40,7 +40,7 @@ PACK = ("tar", "--create", *KEEP, "--sparse", "--one-file-system", ".")
 UNPACK = ("tar", "--extract", *KEEP, "--same-permissions", "--same-owner")
 # cp(1), the same for a copy from directory to directory.
 COPY = ("cp", "--archive", "--one-file-system", "--no-target-directory", ".")
-# tar(5): what every archive ends with.
+# POSIX, pax, "ustar Interchange Format": what every archive ends with.
 END_OF_TAR = bytes(2 * 512)
 
 
