@@ -13,24 +13,35 @@ The store is one directory; Docker's is /var/lib/docker/volumes, this one's has 
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
+import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from labs import machine, mounts, process
-from labs.errors import BadInput, ChildFailed
+from labs import layer, machine, mounts, process, syscalls
+from labs.errors import BadInput, ChildFailed, KernelError
 
-STORE = f"{machine.DATA}/volumes"
+STORE = f"{machine.DATA}/{machine.PREFIX}volumes"
 DATA = "_data"
 # moby: daemon/names, RestrictedNamePattern
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+# tar(1): numbers of owners, holes, links, attributes and access lists as they are.
+KEEP = ("--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*")
+PACK = ("tar", "--create", *KEEP, "--sparse", "--one-file-system", ".")
+UNPACK = ("tar", "--extract", *KEEP, "--same-permissions", "--same-owner")
+# cp(1), the same for a copy from directory to directory.
+COPY = ("cp", "--archive", "--one-file-system", "--no-target-directory", ".")
+# POSIX, pax, "ustar Interchange Format": what every archive ends with.
+END_OF_TAR = bytes(2 * 512)
 
 
 class Volume(NamedTuple):
@@ -49,6 +60,26 @@ class Volume(NamedTuple):
     created: float
 
 
+class Facts(NamedTuple):
+    """What a copy of one file must keep.
+
+    Attributes:
+        mode: type and permissions, as ls(1) writes them.
+        owner: the numbers of user and group.
+        links: how many names it has (1 for a directory).
+        time: of the last change of the content, in seconds.
+        attributes: the extended ones, xattr(7).
+        content: SHA-256 of a file, where a link leads, the number of a device.
+    """
+
+    mode: str
+    owner: tuple[int, int]
+    links: int
+    time: int
+    attributes: dict[str, bytes]
+    content: str
+
+
 class Volumes:
     """The volumes of one store.
 
@@ -64,12 +95,10 @@ class Volumes:
 
         Raises BadInput for a name that Docker refuses, and for other labels on a volume that is there.
         """
-        machine.require()
         name, labels = _check_name(name or os.urandom(32).hex()), dict(labels or {})
-        os.makedirs(self.store, mode=0o711, exist_ok=True)
+        self._open()
         with self._locked(), self._half_made(name) as place:
             if not os.path.exists(f"{self.store}/{name}"):
-                _made(f"{place}/{DATA}")
                 self._name(place, name, labels)
         volume = self.get(name)
         if labels not in ({}, volume.labels):
@@ -82,15 +111,16 @@ class Volumes:
         try:
             with open(f"{place}/volume.json", encoding="utf-8") as file:
                 facts = json.load(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise BadInput("volume", name, "no such volume") from None
         return Volume(name, f"{place}/{DATA}", facts["labels"], facts["created"])
 
-    def list(self, labels: Mapping[str, str] | None = None) -> list[Volume]:
+    def find(self, labels: Mapping[str, str] | None = None) -> list[Volume]:
         """Every volume with all of those labels, by name."""
         if not os.path.isdir(self.store):
             return []
-        found = [self.get(name) for name in sorted(os.listdir(self.store)) if not name.startswith(".")]
+        found = [self.get(name) for name in sorted(os.listdir(self.store))
+                 if NAME.fullmatch(name) and os.path.exists(f"{self.store}/{name}/volume.json")]
         return [volume for volume in found if (labels or {}).items() <= volume.labels.items()]
 
     def users(self, name: str) -> list[int]:
@@ -102,9 +132,10 @@ class Volumes:
 
     def remove(self, name: str) -> None:
         """Remove a volume and its data; BadInput while a process has it mounted."""
+        self.get(name)
         with self._locked():
-            if users := self.users(name):
-                raise BadInput("volume", name, f"is mounted by process {users[0]}")
+            if self.users(name):
+                raise BadInput("volume", name, "a process has it mounted")
             gone = f"{self.store}/.{name}-{os.urandom(3).hex()}"
             os.rename(f"{self.store}/{name}", gone)
         machine.remove_tree(gone)
@@ -114,50 +145,67 @@ class Volumes:
 
         What a killed program left half made goes too.
         """
+        self._open()
         with self._locked():
             for place in self._abandoned():
                 machine.remove_tree(place)
-        unused = [volume.name for volume in self.list(labels) if not self.users(volume.name)]
+        unused = [volume.name for volume in self.find(labels) if not self.users(volume.name)]
         for name in unused:
             self.remove(name)
         return unused
 
-    def fill(self, name: str, source: str) -> bool:
-        """Copy a directory of an image into an empty volume; False, and nothing is done, when it holds anything.
+    def fill(self, name: str, rootfs: str, path: str = "/") -> bool:
+        """Copy what an image holds at path into an empty volume; False, and nothing is done, where Docker does nothing.
 
-        Owners, modes, times, links and extended attributes come along, those of the directory itself too: so Docker
-        does it at the first start of a container that mounts the volume there.
+        That is: the volume holds anything or is in use, or the image has nothing there.  Owners, modes, times, links
+        and extended attributes come along, those of the directory itself too.  The image is not believed: its symbolic
+        links lead nowhere but into rootfs (openat2(2), RESOLVE_IN_ROOT).
         """
         volume = self.get(name)
-        with self._locked(), self._half_made(name) as place:
-            if os.listdir(volume.path):
-                return False
-            _tar("--create", source, out := f"{place}/tar")
-            _tar("--extract", _made(f"{place}/{DATA}"), out)
-            os.rename(f"{place}/{DATA}", volume.path)  # rename(2) replaces an empty directory
+        source = _open_in(rootfs, path)
+        if source is None:
+            return False
+        try:
+            with self._locked(), self._half_made(name) as place:
+                if os.listdir(volume.path) or self.users(name):
+                    return False
+                _run([*COPY, f"{place}/{DATA}"], f"/proc/self/fd/{source}", hide=f"{place}/{DATA}")
+                os.rename(f"{place}/{DATA}", volume.path)  # rename(2) replaces an empty directory
+        finally:
+            os.close(source)
         return True
 
     def backup(self, name: str, file: str) -> int:
         """Write all that the volume holds as a tar file, which appears when it is whole; its size in bytes."""
-        part = f"{file}.{os.urandom(3).hex()}"
-        try:
-            _tar("--create", self.get(name).path, part)
-            os.rename(part, file)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(part)
-        return os.stat(file).st_size
+        path = self.get(name).path
+        if not os.path.isdir(folder := os.path.dirname(os.path.abspath(file))):
+            raise BadInput("file", file, "there is no such directory")
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+            try:
+                _run(PACK, path, stdout=part)
+                os.rename(part.name, file)
+            except BaseException:
+                os.unlink(part.name)
+                raise
+            return os.fstat(part.fileno()).st_size
 
     def restore(self, name: str, file: str, labels: Mapping[str, str] | None = None) -> Volume:
-        """Make a new volume from a tar file; the name is there only when all of it has been read."""
-        os.makedirs(self.store, mode=0o711, exist_ok=True)
-        with self._half_made(_check_name(name)) as place:
-            _tar("--extract", _made(f"{place}/{DATA}"), file)
+        """Make a new volume from a tar file, not a compressed one; the name is there only when all of it has been read.
+
+        Raises BadInput for a name that is taken and for a file cut short, ChildFailed where tar fails.
+        """
+        self._open()
+        with _whole_tar(file) as tar, self._half_made(_check_name(name)) as place:
+            _run(UNPACK, f"{place}/{DATA}", stdin=tar)
             with self._locked():
                 if os.path.exists(f"{self.store}/{name}"):
                     raise BadInput("volume", name, "is there already")
                 self._name(place, name, labels or {})
         return self.get(name)
+
+    def _open(self) -> None:
+        machine.require()
+        os.makedirs(self.store, mode=0o711, exist_ok=True)
 
     def _name(self, place: str, name: str, labels: Mapping[str, str]) -> None:
         """Turn a directory that is ready into the volume of that name."""
@@ -180,6 +228,7 @@ class Volumes:
         held = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
+            os.mkdir(f"{place}/{DATA}", 0o755)
             yield place
         finally:
             os.close(held)
@@ -200,25 +249,92 @@ class Volumes:
                 os.close(held)
 
 
+def shows(pid: int, target: str, path: str) -> bool:
+    """Whether what a process has mounted at target is that directory: device and root of its line in mountinfo."""
+    here = mounts.holding(path)
+    inside = mounts.within(here, path)
+    return any((row.target, row.dev, row.root) == (target, here.dev, inside) for row in mounts.table(pid))
+
+
+def listing(folder: str) -> dict[str, Facts]:
+    """What a copy of a directory must keep: path → Facts, "." first."""
+    below = ((path, f"{folder}/{path}", status) for path, status in layer.walk(folder))
+    return {path: _facts(place, status) for path, place, status in ((".", folder, os.lstat(folder)), *below)}
+
+
+def compare(folder: str, copy: str) -> dict[str, tuple[str, ...]]:
+    """What differs between a directory and its copy: path → the fields of Facts; {} where all was kept."""
+    ours, theirs = listing(folder), listing(copy)
+    found = {path: _differing(ours.get(path), theirs.get(path)) for path in sorted(ours | theirs)}
+    return {path: fields for path, fields in found.items() if fields}
+
+
+def _differing(first: Facts | None, second: Facts | None) -> tuple[str, ...]:
+    if first is None or second is None:
+        return ("missing" if second is None else "added",)
+    return tuple(field for field in Facts._fields if getattr(first, field) != getattr(second, field))
+
+
+def _facts(path: str, status: os.stat_result) -> Facts:
+    attributes = {name: os.getxattr(path, name, follow_symlinks=False)
+                  for name in os.listxattr(path, follow_symlinks=False)}
+    return Facts(stat.filemode(status.st_mode), (status.st_uid, status.st_gid),
+                 1 if stat.S_ISDIR(status.st_mode) else status.st_nlink, int(status.st_mtime), attributes,
+                 _content(path, status))
+
+
+def _content(path: str, status: os.stat_result) -> str:
+    if stat.S_ISREG(status.st_mode):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return os.readlink(path) if stat.S_ISLNK(status.st_mode) else str(status.st_rdev)
+
+
 def _check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise BadInput("volume", name, "must be letters, digits, _ . and -, two at least, and begin with no sign")
     return name
 
 
-def _made(folder: str) -> str:
-    os.mkdir(folder, 0o755)
-    return folder
+def _open_in(rootfs: str, path: str) -> int | None:
+    """A directory of an image, its links resolved as in a container; None where there is nothing."""
+    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        return syscalls.openat2(root, path.lstrip("/") or ".", flags, syscalls.RESOLVE_IN_ROOT)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise BadInput("path", path, f"is no directory of the image: {error.strerror}") from error
+    finally:
+        os.close(root)
 
 
-def _tar(action: str, folder: str, file: str) -> None:
-    """tar(1) from or to a directory: numbers of owners, holes, links, attributes and access lists as they are."""
-    words = ["tar", action, f"--file={file}", f"--directory={folder}", "--numeric-owner", "--acls", "--xattrs",
-             "--xattrs-include=*"]
-    words += ["--sparse", "--one-file-system", "."] if action == "--create" else ["--same-permissions", "--same-owner"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def _run(words: Sequence[str], folder: str, *, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None,
+         hide: str = "") -> None:
+    """Run tar or cp in a directory; what it complains of first is the error, without the path to hide."""
+    with process.step(words[0]):
+        done = subprocess.run(words, cwd=folder, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, check=False)
     if done.returncode:
-        raise ChildFailed("tar", detail=done.stderr.strip().splitlines()[0])
+        said = os.fsdecode(done.stderr).replace(hide, "") if hide else os.fsdecode(done.stderr)
+        # A write(2) of less than was asked for is how a disk gets full; tar only tells how much.
+        said = re.sub(r"Wrote only .*", os.strerror(errno.ENOSPC), said.partition("\n")[0])
+        raise ChildFailed(words[0], detail=said.removeprefix(f"{words[0]}: ") or f"status {done.returncode}")
+
+
+@contextmanager
+def _whole_tar(file: str) -> Iterator[IO[bytes]]:
+    """An archive, open; tar(1) itself takes one that is cut off between two files, or empty, for a whole one."""
+    try:
+        tar = open(file, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise KernelError("open", error.errno or 0, file) from error
+    with tar:
+        tar.seek(-min(len(END_OF_TAR), os.fstat(tar.fileno()).st_size), os.SEEK_END)
+        if tar.read() != END_OF_TAR:
+            raise BadInput("file", file, "is no whole tar: it does not end with two blocks of zeros")
+        tar.seek(0)
+        yield tar
 
 
 def _binds(pid: int, dev: str, path: str) -> bool:

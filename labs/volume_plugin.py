@@ -46,7 +46,7 @@ class Driver:
 
     def __init__(self, volumes: Volumes) -> None:
         self.volumes, self.calls, self.mounted = volumes, list[Call](), dict[str, set[str]]()
-        self._lock = threading.Lock()
+        self._lock, self._told = threading.Lock(), 0
 
     def answer(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request; what cannot be done stands in "Err"."""
@@ -60,6 +60,12 @@ class Driver:
             self.calls.append(Call(method, request, reply))
             return reply
 
+    def news(self) -> list[str]:
+        """What was asked since news() was called last, in short: ["Create", "Mount"]."""
+        with self._lock:
+            fresh, self._told = self.calls[self._told:], len(self.calls)
+        return [call.method.removeprefix("VolumeDriver.") for call in fresh]
+
     def _methods(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         return {
             "Plugin.Activate": lambda _: {"Implements": ["VolumeDriver"]},
@@ -70,7 +76,7 @@ class Driver:
             "VolumeDriver.Unmount": self._unmount,
             "VolumeDriver.Path": lambda asked: {"Mountpoint": self.volumes.get(asked["Name"]).path, "Err": ""},
             "VolumeDriver.Get": lambda asked: {"Volume": _row(self.volumes.get(asked["Name"])), "Err": ""},
-            "VolumeDriver.List": lambda _: {"Volumes": [_row(one) for one in self.volumes.list()], "Err": ""},
+            "VolumeDriver.List": lambda _: {"Volumes": [_row(one) for one in self.volumes.find()], "Err": ""},
         }
 
     def _create(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -109,18 +115,22 @@ class _Server(socketserver.ThreadingUnixStreamServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server  # type: ignore[assignment]
+    """HTTP/1.0, one request a connection: nobody is served any more when the driver has gone."""
+
+    server: _Server
+    timeout = 30.0
 
     def do_POST(self) -> None:
         """One request: the path is the method, the body its JSON, which Docker leaves out where there is nothing."""
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             request = json.loads(body or b"{}") or {}
         except ValueError:
             request = None
-        known = isinstance(request, dict)
-        answer = self.server.driver.answer(self.path[1:], request) if known else {"Err": "the body is no JSON object"}
+        if isinstance(request, dict):
+            answer = self.server.driver.answer(self.path[1:], request)
+        else:
+            answer = {"Err": "the body is no JSON object"}
         text = json.dumps(answer).encode()
         self.send_response(500 if answer.get("Err") else 200)
         self.send_header("Content-Type", MEDIA_TYPE)

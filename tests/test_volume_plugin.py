@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import subprocess
+import threading
 
 import pytest
 
@@ -47,7 +49,7 @@ def test_the_life_of_a_volume(driver):
     assert listed["Volumes"] == [got["Volume"]] and got["Volume"]["Mountpoint"] == path
     assert ask("Remove", Name="data") == (200, {"Err": ""})
     assert ask("List")[1]["Volumes"] == [] and not os.path.exists(path)
-    assert [call.method for call in driver.calls][:2] == ["VolumeDriver.Create", "VolumeDriver.Path"]
+    assert driver.news()[:2] == ["Create", "Path"] and driver.news() == []
 
 
 @pytest.mark.parametrize(("method", "body", "said"), [
@@ -61,7 +63,7 @@ def test_the_life_of_a_volume(driver):
 def test_what_is_refused(driver, method, body, said):
     status, answer = post(method, body)
     assert status == 500 and said in answer["Err"]
-    assert driver.volumes.list() == []
+    assert driver.volumes.find() == []
 
 
 def test_one_driver_a_name_and_a_dead_ones_socket_is_taken_over(driver, tmp_path):
@@ -82,7 +84,47 @@ def out(*command):
     return done.stdout
 
 
-def test_docker_uses_it(driver):
+@pytest.fixture
+def podman_knows_it(tmp_path, monkeypatch):
+    (tmp_path / "containers.conf").write_text(f'[engine.volume_plugins]\nlabs-t = "{SOCKET}"\n')
+    monkeypatch.setenv("CONTAINERS_CONF_OVERRIDE", str(tmp_path / "containers.conf"))
+
+
+def test_podman_keeps_its_volumes_there(driver, podman_knows_it):
+    name = machine.new_name("v")
+    out("podman", "volume", "create", "--driver=labs-t", name)
+    try:
+        assert [volume.name for volume in driver.volumes.find()] == [name]
+        assert out("podman", "volume", "ls", "--noheading").split() == ["labs-t", name]
+    finally:
+        out("podman", "volume", "rm", name)
+    assert driver.volumes.find() == [] and {"Plugin.Activate", "Create", "Remove"} <= set(driver.news())
+
+
+def test_every_connection_is_closed_after_its_answer(driver):
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.settimeout(10)
+        engine.connect(SOCKET)
+        engine.sendall(b"POST /Plugin.Activate HTTP/1.1\r\nHost: plugin\r\nContent-Length: 0\r\n\r\n")
+        assert b"".join(iter(lambda: engine.recv(4096), b"")).endswith(b'{"Implements": ["VolumeDriver"]}')
+
+
+def test_no_thread_and_no_socket_outlives_it(tmp_path):
+    threads = threading.active_count()
+    with volume_plugin.serve(storage.Volumes(str(tmp_path / "store")), "labs-t"):
+        assert post("Plugin.Activate")[0] == 200
+    assert threading.active_count() == threads and not os.path.exists(SOCKET)
+
+
+@pytest.fixture
+def docker_forgets():
+    """A driver that Docker has met and that has gone costs every listing of its volumes 15 seconds from then on."""
+    yield
+    subprocess.run(["systemctl", "restart", "docker"], check=True)
+
+
+@pytest.mark.machine
+def test_docker_uses_it(docker_forgets, driver):
     name = machine.new_name("v")
     out("docker", "volume", "create", "--driver=labs-t", name)
     try:
@@ -93,6 +135,20 @@ def test_docker_uses_it(driver):
         assert driver.mounted[name] == set()
     finally:
         out("docker", "volume", "rm", name)
-    assert driver.volumes.list() == []
-    asked = [call.method.removeprefix("VolumeDriver.") for call in driver.calls]
+    assert driver.volumes.find() == []
+    asked = driver.news()
     assert asked.index("Create") < asked.index("Mount") < asked.index("Unmount") < asked.index("Remove")
+
+
+@pytest.mark.machine
+def test_podman_mounts_it(driver, podman_knows_it):
+    name = machine.new_name("v")
+    out("podman", "volume", "create", "--driver=labs-t", name)
+    try:
+        out("podman", "run", "--rm", "--network=none", f"--volume={name}:/data", "busybox:lab",
+            "sh", "-c", "echo hi > /data/word")
+        with open(f"{driver.volumes.get(name).path}/word", encoding="utf-8") as file:
+            assert file.read() == "hi\n"
+    finally:
+        out("podman", "volume", "rm", name)
+    assert driver.volumes.find() == [] and {"Mount", "Unmount"} <= set(driver.news())
