@@ -25,7 +25,7 @@ MAKERS = {
 }
 COUNTED = {"ext4": ("-O", "quota,project"), "xfs": ()}
 SMALLEST = {"ext4": 4 << 20, "btrfs": 32 << 20, "xfs": 300 << 20}  # bytes; xfs: mkfs.xfs(8), since xfsprogs 5.19
-# <linux/loop.h>; struct loop_config: the file, its block size, struct loop_info64 (of which only the flags), eight words
+# <linux/loop.h>; struct loop_config: the file, its block size, struct loop_info64 (only the flags of it), eight words
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LO_FLAGS_AUTOCLEAR = 0x4C82, 0x4C0A, 4
 LOOP_CONFIG = struct.Struct("II 40x 12xI 64x64x32x16x 64x")
 # <linux/fs.h>
@@ -93,20 +93,19 @@ def make(file: str, size: int, kind: str = "ext4", quota: bool = False) -> None:
     try:
         with open(file, "wb") as sparse:
             sparse.truncate(size)
-        words = (*MAKERS[kind], *(COUNTED[kind] if quota else ()), file)
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ChildFailed(words[0], path=file, detail=_reason(done.stderr or done.stdout, file))
+        _format(*MAKERS[kind], *(COUNTED[kind] if quota else ()), file)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(file)
         raise
 
 
-def _reason(said: str, file: str) -> str:
-    """The last line that a program wrote, without its name and the file's."""
-    lines = [line for line in said.replace(file, "the disk").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "failed without a word"
+def _format(*words: str) -> None:
+    """Run mkfs(8); what it said last, without its name and the file's, becomes the error."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).replace(words[-1], "the disk").strip().splitlines()
+        raise ChildFailed(words[0], path=words[-1], detail=said[-1] if said else f"ended with {done.returncode}")
 
 
 @contextmanager
@@ -135,16 +134,23 @@ def attach(file: str) -> tuple[str, int]:
     try:
         while True:
             device = f"/dev/loop{_free()}"
-            fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(fd, LOOP_CONFIGURE, LOOP_CONFIG.pack(backing, 0, LO_FLAGS_AUTOCLEAR))
+            if (fd := _configure(device, backing)) is not None:
                 return device, fd
-            except OSError as error:
-                os.close(fd)
-                if error.errno != errno.EBUSY:  # else somebody was faster
-                    raise KernelError("ioctl LOOP_CONFIGURE", error.errno or 0, device) from error
     finally:
         os.close(backing)
+
+
+def _configure(device: str, backing: int) -> int | None:
+    """Put a loop device before an open file: the device's descriptor, or None where somebody else has just taken it."""
+    fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, LOOP_CONFIGURE, LOOP_CONFIG.pack(backing, 0, LO_FLAGS_AUTOCLEAR))
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EBUSY:
+            return None
+        raise KernelError("ioctl LOOP_CONFIGURE", error.errno or 0, device) from error
+    return fd
 
 
 def _free() -> int:

@@ -99,7 +99,8 @@ def test_a_disk_without_quotas_refuses_a_limit():
 @pytest.mark.parametrize(("options", "line"), [
     ({"size": 100}, r"^size: 100: ext4 needs 4194304 bytes at least$"),
     ({"size": 8 * MIB, "kind": "fat"}, r"^kind: 'fat': must be one of ext4, btrfs, xfs$"),
-    ({"size": 64 * MIB, "kind": "btrfs", "quota": True}, r"^quota: True: btrfs has no project quotas: take ext4 or xfs$"),
+    ({"size": 64 * MIB, "kind": "btrfs", "quota": True},
+     r"^quota: True: btrfs has no project quotas: take ext4 or xfs$"),
 ])
 def test_bad_input(options, line):
     with pytest.raises(BadInput, match=line), disks.disk(**options):
@@ -121,7 +122,8 @@ def nothing_left():
 
 
 def test_a_mount_that_is_refused_leaves_nothing(nothing_left):
-    with pytest.raises(KernelError, match="^mount ext4: Invalid argument$"), disks.disk(8 * MIB, options="nosuchoption"):
+    with pytest.raises(KernelError, match="^mount ext4: Invalid argument$"), \
+            disks.disk(8 * MIB, options="nosuchoption"):
         pass
 
 
