@@ -175,10 +175,13 @@ def _check_whole(file: str) -> None:
 def limit(path: str, project: int, size: int) -> None:
     """Let what lies below a directory hold that many bytes: as project number `project`, which what is new inherits.
 
-    The filesystem must have project quotas: disk(..., quota=True).  0 takes the limit away.
+    The filesystem must have project quotas: disk(..., quota=True).  0 takes the limit away.  What was there before
+    keeps its project.
     """
     if not 0 < project < 1 << 32:
         raise BadInput("project", project, "must be 1 to 4294967295")
+    if size < 0:
+        raise BadInput("size", size, "must be a number of bytes, or 0")
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         flags, extent, extents, _, cow = FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size)))
@@ -186,6 +189,15 @@ def limit(path: str, project: int, size: int) -> None:
         fcntl.ioctl(fd, FS_IOC_FSSETXATTR, wanted)
         block = bytearray(DQBLK.pack(-(-size // 1024), 0, 0, 0, 0, 0, 0, 0, QIF_BLIMITS))
         syscalls.quotactl_fd(fd, _command(Q_SETQUOTA), project, block)
+    finally:
+        os.close(fd)
+
+
+def project(path: str) -> int:
+    """The project that a file or directory belongs to, 0 without one: ioctl_fsgetxattr(2)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size)))[3])
     finally:
         os.close(fd)
 

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -148,7 +149,8 @@ class FuseOverlay(Overlay):
     @contextmanager
     def _overlay(self, lower: list[str], upper: str, work: str, target: str) -> Iterator[str]:
         options = mounts.overlay_options(lower, upper, work)
-        with process.spawn(["fuse-overlayfs", "-f", "-o", options, target]) as server:
+        with tempfile.TemporaryFile() as log, process.spawn(
+                ["fuse-overlayfs", "-f", "-o", options, target], first=lambda: os.dup2(log.fileno(), 2)) as server:
             process.until(lambda: os.path.ismount(target) or process.readable(server.pidfd, 0), what="the mount")
             if not os.path.ismount(target):
                 raise ChildFailed("fuse-overlayfs", detail=f"ended with status {server.wait().shell}")
@@ -240,3 +242,28 @@ def cost(driver: Driver, work: Callable[[], object]) -> Cost:
     driver.sync()
     seconds = time.perf_counter() - start
     return Cost(seconds, driver.space() - before)
+
+
+def inside(driver: Driver, layer: str, work: Callable[[str], object]) -> Cost:
+    """The same for work on a layer that is mounted already: work gets the path."""
+    with driver.mount(layer) as path:
+        return cost(driver, lambda: work(path))
+
+
+def write(path: str, size: int) -> None:
+    """A file of that many bytes, none of them zero; the directories above it are made."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(b"x" * size)
+
+
+def scatter(folder: str, count: int, size: int = 1000) -> None:
+    """That many small files."""
+    for number in range(count):
+        write(f"{folder}/{number}", size)
+
+
+def append(path: str, name: str = "big") -> None:
+    """Add one byte to a file of a mounted layer."""
+    with open(f"{path}/{name}", "ab") as file:
+        file.write(b"x")
