@@ -176,7 +176,7 @@ def limit(path: str, project: int, size: int) -> None:
     """Let what lies below a directory hold that many bytes: as project number `project`, which what is new inherits.
 
     The filesystem must have project quotas: disk(..., quota=True).  0 takes the limit away.  What was there before
-    keeps its project.
+    keeps its project.  ext4 does not stop a process with CAP_SYS_RESOURCE, capabilities(7); xfs does.
     """
     if not 0 < project < 1 << 32:
         raise BadInput("project", project, "must be 1 to 4294967295")

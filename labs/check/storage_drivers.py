@@ -8,10 +8,11 @@ import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from labs import disks, drivers, layer
+from labs import disks, drivers, layer, process, syscalls
 from labs.check import Steps, exercise
 
 MIB = 1 << 20
+CAP_SYS_RESOURCE = 24  # <linux/capability.h>
 # What may be done to the file /big of a lower layer.
 OPERATIONS = {
     "read": "cat big >/dev/null",
@@ -125,15 +126,21 @@ def fenced(folder: str) -> Steps:
     yield os.path.getsize(f"{log}/old") == 2 * MIB, "`log/old` の中身が欠けました。`check.shares` で作り直してください。"
     counted = disks.project(f"{log}/old") == number
     yield counted, "`log/old` が数に入っていません。番号を継ぐのは、番号を付けたあとに作られたファイルだけです。"
-    written = _fill(f"{log}/fill")
+    written = process.call(_fill, f"{log}/fill", 16 * MIB)
     yield written < 3 * MIB, f"`log` に、`old` のほかに {written // 1024} KiB も書けました。"
-    free = _fill(f"{web}/fill", 5 * MIB)
+    free = process.call(_fill, f"{web}/fill", 5 * MIB)
     yield free == 5 * MIB, f"`log` を埋めたあと、`web` に書けたのは {free // 1024} KiB だけでした。"
     return "`log` は、前からあった 2 MiB を含めて 4 MiB で止まりました。そのあとも `web` は自由に書けます。"
 
 
-def _fill(path: str, most: int = 16 * MIB) -> int:
-    """Write until the disk or the quota says no; how many bytes went in.  The file is removed again."""
+def _fill(path: str, most: int) -> int:
+    """Write until the disk or the quota says no; how many bytes went in.  The file is removed again.
+
+    Called in a child, which lets go of the capability that no quota stops.
+    """
+    sets = syscalls.capget()
+    sets.effective &= ~(1 << CAP_SYS_RESOURCE)
+    syscalls.capset(sets)
     try:
         with open(path, "wb", buffering=0) as file:
             return _write(file.fileno(), most)
