@@ -141,28 +141,26 @@ def volumes(runs: int) -> list[Row]:
     rows = []
     with store() as (_, ours):
         numbers, root = count(), machine.rootfs("debian")
-        engines = ("podman", "docker")
+        engines, bare = ("podman", "docker"), partial(container.run, ["true"], rootfs="debian")
 
-        def labs(fill: bool) -> None:
+        def labs(target: str) -> None:
             volume = ours.create(f"labs-bench-{next(numbers)}")
-            if fill:
+            if target == FOLDER:
                 ours.fill(volume.name, root + FOLDER)
-            container.run(["true"], rootfs="debian", mounts=[(volume.path, FOLDER)])
+            container.run(["true"], rootfs="debian", mounts=[(volume.path, target)])
             ours.remove(volume.name)
 
-        def engine(name: str, *options: str) -> None:
+        def engine(name: str, target: str) -> None:
             volume = f"labs-bench-{next(numbers)}"
-            mount = (f"--mount=type=volume,src={volume},dst={options[0]}",) if options else ()
+            mount = (f"--mount=type=volume,src={volume},dst={target}",) if target else ()
             _quiet(name, "run", "--rm", "--network=none", *mount, IMAGE, "true")
-            if options:
+            if target:
                 _quiet(name, "volume", "rm", volume)
 
-        for title, labs_way, options in (
-                ("a container without a volume", lambda: container.run(["true"], rootfs="debian"), ()),
-                ("a new empty volume", partial(labs, False), ("/srv/data",)),
-                (f"a new volume filled with {FOLDER}", partial(labs, True), (FOLDER,))):
-            ways: dict[str, Callable[[], object]] = {"labs.storage": labs_way}
-            ways |= {name: partial(engine, name, *options) for name in engines}
+        for title, target in (("a container without a volume", ""), ("a new empty volume", "/srv/data"),
+                              (f"a new volume filled with {FOLDER}", FOLDER)):
+            ways: dict[str, Callable[[], object]] = {"labs.storage": partial(labs, target) if target else bare}
+            ways |= {name: partial(engine, name, target) for name in engines}
             timed = side_by_side(ways, max(1, runs // 2))
             show(title, timed, engines)
             rows += _titled(timed, title)
