@@ -162,6 +162,11 @@ def quotactl_fd(fd: int, command: int, number: int, block: bytearray) -> None:
     _syscall("quotactl_fd", fd, command, number, (ctypes.c_char * len(block)).from_buffer(block))
 
 
+def syncfs(fd: int) -> None:
+    """syncfs(2): write out all that is unwritten of the filesystem of an open file."""
+    _check(_libc.syncfs(fd), "syncfs")
+
+
 def unshare(flags: int) -> None:
     """unshare(2): leave the namespaces that the CLONE_NEW* flags name, for new ones."""
     _check(_libc.unshare(flags), "unshare")
