@@ -42,14 +42,16 @@ def test_every_notebook_is_in_the_book():
 
 def test_imports_in_labs_go_down_only():
     floors = [
-        ["errors"], ["machine", "oci_json"], ["syscalls"], ["process", "mounts", "devices", "capabilities", "seccomp"],
-        ["namespaces", "cgroup", "oci_config", "oci_hooks", "layer", "dockerfile"],
-        ["monitor", "oci_root", "oci_cgroup", "oci_process", "oci_spawn", "oci_schema", "strace", "engine", "netns"],
-        ["container", "microvm", "oci_state", "oci_attend", "image", "netlink", "firewall"],
+        ["errors"], ["machine", "oci_json"], ["syscalls"],
+        ["process", "mounts", "devices", "capabilities", "seccomp", "disks"],
+        ["namespaces", "cgroup", "oci_config", "oci_hooks", "layer", "dockerfile", "drivers"],
+        ["monitor", "oci_root", "oci_cgroup", "oci_process", "oci_spawn", "oci_schema", "strace", "engine", "netns",
+         "storage", "idmap"],
+        ["container", "microvm", "oci_state", "oci_attend", "image", "netlink", "firewall", "volume_plugin"],
         ["oci_init", "registry", "registry_server", "ipam", "dns"],
         ["oci", "supply", "build_config", "build_root", "network"],
         ["oci_cli", "build_cache", "build_copy", "links", "cni"], ["build"],
-        ["show", "lab"], ["explore", "topology", "capture"], ["check"],
+        ["show", "lab"], ["explore", "topology", "capture", "mountmap"], ["check"],
     ]
     level = {name: number for number, names in enumerate(floors) for name in names}
     modules = {p.stem: p for p in (REPO / "labs").glob("*.py") if p.stem != "__init__"}
