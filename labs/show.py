@@ -293,7 +293,7 @@ def bars(values: Mapping[str, float], *, unit: str, alt: str = "", log: bool = F
 
     def draw(axes: Any) -> None:
         drawn = axes.barh(list(values), list(values.values()), log=log)
-        axes.bar_label(drawn, fmt="%.3g", padding=4)
+        axes.bar_label(drawn, fmt=lambda value: f"{float(f'{value:.3g}'):g}", padding=4)
         axes.margins(x=0.15)
         axes.invert_yaxis()
 
