@@ -31,9 +31,9 @@ def environment(*lists: str) -> Path:
     return place / "bin"
 
 
-def build_site() -> None:
-    """Build the site strictly: any warning is an error."""
-    bin_ = environment("requirements.txt")
+def build_site(bin_: Path | None = None) -> None:
+    """Build the site strictly, any warning is an error, with the programs in `bin_` or an environment of its own."""
+    bin_ = bin_ or environment("requirements.txt")
     with step("the site, strictly"):
         env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'book/_ext'}"}
         strictly = ["-W", "-n", "--keep-going", "--path-output", str(REPO / "book")]

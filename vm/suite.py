@@ -64,7 +64,7 @@ def _host_pytest(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment, made first where they are not there yet."""
     bin_ = environment("requirements.txt", "tests/requirements.txt")
     if any(p.startswith("tests/site") for p in paths):
-        build_site()
+        build_site(bin_)
     env = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "LAB_CACHE": str(CACHE)}
     env.setdefault("LAB_PROSE_CACHE", str(CACHE / "prose"))
     return [str(bin_ / "python"), "-m", "pytest", "--durations=5", *paths], env
