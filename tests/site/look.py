@@ -17,7 +17,6 @@ PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
 GRAVE = ("serious", "critical")
 AXE = Axe()
-UNREPEATED = {"exclude": [["[data-repeated]"]]}
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -84,27 +83,30 @@ def unfold(page: Page) -> None:
     )
 
 
-def mark_repeated(page: Page) -> None:
-    """Mark the words of listings that stand in the colours of two before them: a page has thousands."""
+@contextmanager
+def without_repeated(page: Page) -> Iterator[None]:
+    """Hide the words of listings that stand in the colours of two before them: a page has thousands of them."""
     page.evaluate(
         """() => {
           const seen = {};
-          document.querySelectorAll(':is(.highlight, .sig) span[class]').forEach((e) => {
-            const block = e.closest('.highlight, .sig');
+          document.querySelectorAll('.highlight span[class]').forEach((e) => {
+            const block = e.closest('.highlight');
             const kind = [e, e.parentElement, block, block.parentElement].map((x) => x.className).join('|');
             seen[kind] = (seen[kind] || 0) + 1;
-            e.toggleAttribute('data-repeated', seen[kind] > 2);
+            e.hidden = seen[kind] > 2;
           });
         }"""
     )
+    yield
+    page.evaluate("document.querySelectorAll('.highlight span[class]').forEach((e) => { e.hidden = false; })")
 
 
 def barriers(page: Page) -> list[str]:
     """Serious and critical findings of axe-core, one line each."""
-    mark_repeated(page)
     # preload would make axe fetch style sheets itself, by wrong paths, and log what is not there.
     options = {"resultTypes": ["violations"], "preload": False}
-    found: list[dict[str, Any]] = AXE.run(page, context=UNREPEATED, options=options).response["violations"]
+    with without_repeated(page):
+        found: list[dict[str, Any]] = AXE.run(page, options=options).response["violations"]
     return [
         f"axe {rule['impact']} {rule['id']}: {node['html'][:160]} ({node['failureSummary']})"
         for rule in found
