@@ -83,22 +83,26 @@ def unfold(page: Page) -> None:
     )
 
 
+WORDS = ":is(.highlight, .sig) span[class]:not(a *)"
+
+
 @contextmanager
 def without_repeated(page: Page) -> Iterator[None]:
     """Hide the words of listings that stand in the colours of two before them: a page has thousands of them."""
     page.evaluate(
-        """() => {
+        """(words) => {
           const seen = {};
-          document.querySelectorAll('.highlight span[class]').forEach((e) => {
-            const block = e.closest('.highlight');
+          document.querySelectorAll(words).forEach((e) => {
+            const block = e.closest('.highlight, .sig');
             const kind = [e, e.parentElement, block, block.parentElement].map((x) => x.className).join('|');
             seen[kind] = (seen[kind] || 0) + 1;
             e.hidden = seen[kind] > 2;
           });
-        }"""
+        }""",
+        WORDS,
     )
     yield
-    page.evaluate("document.querySelectorAll('.highlight span[class]').forEach((e) => { e.hidden = false; })")
+    page.evaluate("(words) => document.querySelectorAll(words).forEach((e) => { e.hidden = false; })", WORDS)
 
 
 def barriers(page: Page) -> list[str]:
