@@ -244,7 +244,7 @@ TRIALS = [Trial(f"CAP_{name}", what, prepare) for name, what, prepare in (
     ("AUDIT_CONTROL", "set loginuid again", _sets_loginuid),
     ("SETFCAP", "give a file capabilities", _sets_file_caps),
     ("SYSLOG", "ask the kernel log", _simply(lambda: _checked("klogctl", SYSLOG_ACTION_SIZE_UNREAD, None, 0))),
-    ("WAKE_ALARM", "timer that wakes the machine", _simply(lambda: os.timerfd_create(CLOCK_BOOTTIME_ALARM))),
+    ("WAKE_ALARM", "timer that wakes from sleep", _simply(lambda: _checked("timerfd_create", CLOCK_BOOTTIME_ALARM, 0))),
     ("BLOCK_SUSPEND", "EPOLLWAKEUP", _keeps_awake),
     ("AUDIT_READ", "listen to the audit log", _reads_audit),
     ("PERFMON", "perf_event_open, whole CPU", _profiles_kernel),
@@ -255,7 +255,7 @@ TRIALS = [Trial(f"CAP_{name}", what, prepare) for name, what, prepare in (
 
 
 def attempt(trial: Trial, allowed: int) -> str:
-    """What a trial comes to for a root with these capabilities (a mask) alone: "ok", an errno's name, or what is lost."""
+    """What a trial comes to for root with these capabilities (a mask) alone: "ok", an errno's name, or what is lost."""
     machine.require()
     def inside() -> str:
         syscalls.unshare(namespaces.flags(WORLD))
