@@ -39,7 +39,7 @@ SYSLOG_ACTION_SIZE_UNREAD = 9  # syslog(2)
 CLOCK_BOOTTIME_ALARM = 9  # <linux/time.h>
 ADJ_TICK, TIMEX_SIZE, TIMEX_TICK = 0x4000, 208, 88  # <linux/timex.h>: the size of struct timex, where tick stands
 NETLINK_AUDIT, AUDIT_USER, NLM_F_REQUEST_ACK, AUDIT_NLGRP_READLOG = 9, 1005, 0x5, 1  # <linux/netlink.h>, audit.h
-BPF_MAP_CREATE, BPF_MAP_TYPE_HASH = 0, 1  # <linux/bpf.h>
+BPF_MAP_CREATE, BPF_MAP_TYPE_QUEUE = 0, 22  # <linux/bpf.h>
 PERF_TYPE_SOFTWARE, PERF_ATTR_SIZE_VER0 = 1, 64  # <linux/perf_event.h>
 
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -195,7 +195,7 @@ def _profiles_kernel() -> Call:
 
 
 def _makes_bpf_map() -> Call:
-    return lambda: syscalls.bpf(BPF_MAP_CREATE, struct.pack("=5I", BPF_MAP_TYPE_HASH, 4, 4, 1, 0))
+    return lambda: syscalls.bpf(BPF_MAP_CREATE, struct.pack("=5I", BPF_MAP_TYPE_QUEUE, 0, 4, 1, 0))
 
 
 def _simply(call: Call) -> Callable[[], Call]:
