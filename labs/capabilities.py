@@ -37,7 +37,7 @@ VFS_CAP_FLAGS_EFFECTIVE = 0x1
 XATTR_CAPS_SZ = {0x01000000: 12, VFS_CAP_REVISION_2: 20, VFS_CAP_REVISION_3: 24}
 
 # <linux/prctl.h>, <linux/securebits.h>
-PR_SET_SECUREBITS = 28
+PR_GET_SECUREBITS, PR_SET_SECUREBITS = 27, 28
 SECBIT_NOROOT, SECBIT_NO_SETUID_FIXUP, SECBIT_KEEP_CAPS, SECBIT_NO_CAP_AMBIENT_RAISE = 0x1, 0x4, 0x10, 0x40
 
 
@@ -114,17 +114,19 @@ def assume(sets: dict[str, int], uid: int = 0, securebits: int = 0, no_new_privs
     """Turn a forked child of root into a process with that uid and these sets: what is to be tried begins like this.
 
     A set that is not given is empty, but for the bounding set, which stays.  The inheritable set comes first, as it
-    may keep what the bounding set loses; PR_SET_KEEPCAPS saves the permitted set over the change of the uid.
+    may keep what the bounding set loses; SECBIT_KEEP_CAPS saves the permitted set over the change of the uid; and
+    what is asked for ambient is raised while it is still permitted, and while the securebits still allow it.
     """
-    now = syscalls.capget()
-    syscalls.capset(syscalls.Capabilities(now.effective, now.permitted, sets.get("inheritable", 0)))
+    inheritable, rights = sets.get("inheritable", 0), syscalls.capget().permitted
+    syscalls.capset(syscalls.Capabilities(rights, rights, inheritable))
     limit(sets.get("bounding", ALL))
-    syscalls.prctl(PR_SET_SECUREBITS, securebits & ~SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_KEEP_CAPS)
+    syscalls.prctl(PR_SET_SECUREBITS, SECBIT_KEEP_CAPS)
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    syscalls.capset(syscalls.Capabilities(now.permitted, now.permitted, sets.get("inheritable", 0)))
-    syscalls.prctl(PR_SET_SECUREBITS, securebits & ~SECBIT_NO_CAP_AMBIENT_RAISE)
-    become(sets)
+    everything = {"effective": rights, "permitted": rights, "inheritable": inheritable}
+    become(everything | {"ambient": sets.get("ambient", 0)})
+    syscalls.prctl(PR_SET_SECUREBITS, securebits)
+    syscalls.capset(syscalls.Capabilities(sets.get("effective", 0), sets.get("permitted", 0), inheritable))
     if no_new_privs:
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
 

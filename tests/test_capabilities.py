@@ -364,6 +364,27 @@ def test_a_start_as_setpriv_makes_it(program):
     assert capabilities.from_status(told) == after(program, begin(A | B, B, 0, B, B), uid=NOBODY)
 
 
+@pytest.mark.parametrize("securebits", [0, NOROOT, capabilities.SECBIT_NO_CAP_AMBIENT_RAISE,
+                                        capabilities.SECBIT_NO_SETUID_FIXUP, NOROOT | capabilities.SECBIT_KEEP_CAPS])
+def test_a_process_begins_as_it_was_asked_to(securebits):
+    state = begin(A | B, B, B, B | C, B)
+
+    def look():
+        capabilities.assume(state, NOBODY, securebits, no_new_privs=True)
+        bits = syscalls.prctl(capabilities.PR_GET_SECUREBITS)
+        return capabilities.of(), bits, syscalls.prctl(syscalls.PR_GET_NO_NEW_PRIVS), os.getresuid(), os.getresgid()
+
+    assert process.call(look) == [state, securebits, 1, [NOBODY] * 3, [NOBODY] * 3]
+
+
+def test_what_cannot_be_put_on_is_an_error_and_nothing_is_run(tmp_path):
+    ran = tmp_path / "ran"
+    state = begin(A, 0, B)  # effective beyond permitted
+    with pytest.raises(ChildFailed, match=r"^capset: Operation not permitted$"):
+        process.spawn(["touch", str(ran)], first=lambda: capabilities.assume(state))
+    assert not ran.exists()
+
+
 # What a change of the uid does.
 
 KEEP, NO_FIXUP = capabilities.SECBIT_KEEP_CAPS, capabilities.SECBIT_NO_SETUID_FIXUP
