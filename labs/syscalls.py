@@ -47,6 +47,8 @@ PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 # <linux/seccomp.h>
 SECCOMP_SET_MODE_FILTER = 1
+# <sys/ptrace.h>
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_SECCOMP_GET_FILTER = 17, 0x4206, 0x4207, 0x420C
 # <linux/keyctl.h>
 KEYCTL_JOIN_SESSION_KEYRING = 1
 # <linux/bpf.h>
@@ -65,6 +67,8 @@ _COMMON = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, 
 # PyDLL keeps the interpreter's lock during a call: no other thread runs between a call and its errno.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_ulong, ctypes.c_void_p)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 Path = str | bytes | os.PathLike[str]
@@ -248,6 +252,11 @@ def seccomp(program: bytes, flags: int = 0) -> int:
     code = ctypes.create_string_buffer(program, len(program))
     fprog = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
     return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
+
+
+def ptrace(request: int, pid: int, address: int = 0, data: int | None = None) -> int:
+    """ptrace(2): one request about a traced process; data is an address of the caller's."""
+    return _check(_libc.ptrace(request, pid, address, data), "ptrace")
 
 
 def keyctl(operation: int, text: str) -> int:
