@@ -436,7 +436,7 @@ def check_profile(profile: Any) -> None:
 
 
 def installed(pid: int) -> list[list[Instruction]]:
-    """The filters of a process as the kernel keeps them, the newest first: PTRACE_SECCOMP_GET_FILTER, ptrace(2).
+    """The filters of a process as the kernel keeps them, the oldest first: PTRACE_SECCOMP_GET_FILTER, ptrace(2).
 
     The process is stopped for that moment.  Needs CAP_SYS_ADMIN, and no filter on the caller itself.
     """
