@@ -36,6 +36,7 @@ NOTIF = struct.Struct("=QII iIQ6Q")  # struct seccomp_notif: id, pid, flags, the
 RESPONSE = struct.Struct("=QqiI")  # struct seccomp_notif_resp: id, val, error, flags
 ADDFD = struct.Struct("=QIIII")  # struct seccomp_notif_addfd: id, flags, srcfd, newfd, newfd_flags
 LONGEST_TEXT = 4096  # PATH_MAX, <linux/limits.h>
+LONGEST_STATE = 1 << 20  # a runtime sends it in one piece
 PAGE = os.sysconf("SC_PAGESIZE")
 HANDOVER = ("sendmsg", "close", "exit", "exit_group")  # what a process does after it has installed the filter
 
@@ -197,9 +198,7 @@ class Agent:
         if not process.readable(self.socket.fileno(), timeout):
             raise Timeout("a runtime with a listener", timeout)
         with self.socket.accept()[0] as runtime:
-            text, fds, _, _ = socket.recv_fds(runtime, 1 << 20, 1)
-            while part := runtime.recv(1 << 20):
-                text += part
+            text, fds, _, _ = socket.recv_fds(runtime, LONGEST_STATE, 1)
         if not fds:
             raise BadInput("listenerPath", self.path, "got a message without a descriptor")
         return json.loads(text), Listener(fds[0])
