@@ -254,6 +254,28 @@ def seccomp(program: bytes, flags: int = 0) -> int:
     return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
 
 
+# push rbx; eax, ebx, ecx = edi, esi, edx; int 0x80; pop rbx; sign-extend; ret
+_INT80 = bytes.fromhex("53 89f8 89f3 89d1 cd80 5b 4898 c3")
+
+
+def int80(number: int, text: str, argument: int = 0) -> int:
+    """A system call of 32-bit x86 from a 64-bit process, with a text in low memory: the number is of unistd_32.h."""
+    if MACHINE != "x86_64":
+        raise KernelError(f"int 0x80 on {MACHINE}", errno.ENOSYS)
+    import mmap  # for this one alone
+
+    low = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40  # MAP_32BIT, <asm/mman.h>
+    with mmap.mmap(-1, mmap.PAGESIZE, low, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(_INT80.ljust(64) + os.fsencode(text) + b"\0")
+        word = ctypes.c_char.from_buffer(page)
+        start = ctypes.addressof(word)
+        result = ctypes.PYFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 3)(start)(number, start + 64, argument)
+        del word
+    if result < 0:
+        raise KernelError("int 0x80", -result)
+    return int(result)
+
+
 def ptrace(request: int, pid: int, address: int = 0, data: int | None = None) -> int:
     """ptrace(2): one request about a traced process; data is an address of the caller's."""
     return _check(_libc.ptrace(request, pid, address, data), "ptrace")

@@ -491,3 +491,26 @@ def test_libseccomps_python_binding_makes_a_program_with_the_same_answers():
     theirs, ours = seccomp.parse(done.stdout), seccomp.compile_profile(profile(call("mkdir", errnoRet=28)), "x86_64")
     assert "if nr == mkdir" in seccomp.disassemble(theirs)
     assert all(seccomp.answer(ours, at) == seccomp.answer(theirs, at) for at in range(470))
+
+
+def test_the_32_bit_gate_has_its_own_numbers_and_a_filter_sees_its_arch():
+    by_number = [(seccomp.LOAD, 0, 0, seccomp.NUMBER), (seccomp.JEQ, 0, 1, number("mkdir")),
+                 (seccomp.RETURN, 0, 0, 0x50000 | 28), (seccomp.RETURN, 0, 0, ALLOW)]
+
+    def through(gate, program):
+        def tried():
+            syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+            syscalls.seccomp(seccomp.assemble(program))
+            with pytest.raises(OSError) as caught:
+                gate()
+            return caught.value.errno
+        return process.call(tried)
+
+    def gate():
+        return syscalls.int80(39, "/", 0o755)
+
+    both = seccomp.compile_profile(profile(call("mkdir", errnoRet=28),
+                                           architectures=["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]), "x86_64")
+    assert through(lambda: os.mkdir("/"), by_number) == errno.ENOSPC
+    assert through(gate, by_number) == errno.EEXIST
+    assert through(gate, both) == errno.ENOSPC
