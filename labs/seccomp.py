@@ -76,7 +76,8 @@ def precedence(answer: int) -> int:
     return rank - (1 << 32) if rank & 1 << 31 else rank
 
 
-def compile_profile(profile: dict[str, Any], machine: str = syscalls.MACHINE, search: bool = False) -> list[Instruction]:
+def compile_profile(profile: dict[str, Any], machine: str = syscalls.MACHINE,
+                    search: bool = False) -> list[Instruction]:
     """The filter of a profile (linux.seccomp of config.json): at most LONGEST instructions (code, jt, jf, k).
 
     search: halve the numbers instead of comparing one after the other; the answers are the same.
@@ -319,7 +320,7 @@ def answer(program: Sequence[Instruction], number: int, arguments: Sequence[int]
 
 
 def describe(answer: int) -> str:
-    """An answer in words: ALLOW, ERRNO EPERM, KILL_THREAD …"""
+    """An answer in words, as ALLOW, ERRNO EPERM or KILL_THREAD."""
     kind, number = answer & 0xFFFF0000, answer & 0xFFFF
     known = {value: name.removeprefix("SCMP_ACT_") for name, value in ACTIONS.items() if name != "SCMP_ACT_KILL"}
     word = known.get(kind, "unknown")
@@ -424,8 +425,8 @@ def check_profile(profile: Any) -> None:
         need(named, f"{field}.names", names, "must be a list of names")
         need(entry.get("action") in ACTIONS, f"{field}.action", entry.get("action"), "must be an action")
         for number, test in enumerate(entry.get("args") or []):
-            index, op = test.get("index"), test.get("op")
-            need(index in range(6), f"{field}.args[{number}].index", index, "must be 0 to 5")
+            argument, op = test.get("index"), test.get("op")
+            need(argument in range(6), f"{field}.args[{number}].index", argument, "must be 0 to 5")
             need(op in OPERATORS, f"{field}.args[{number}].op", op, "must be one of " + " ".join(OPERATORS))
             value = test.get("value")
             need(isinstance(value, int) and 0 <= value < 1 << 64, f"{field}.args[{number}].value", value,

@@ -125,7 +125,7 @@ def _ioctl(fd: int, request: int, argument: bytearray) -> int:
     """ioctl(2) on a listener, begun again after a signal: a FileNotFoundError says that the call is gone."""
     while True:
         try:
-            return fcntl.ioctl(fd, request, argument)
+            return int(fcntl.ioctl(fd, request, argument))
         except InterruptedError:
             continue
 
@@ -152,7 +152,7 @@ def supervised(names: Sequence[str], fn: Callable[[], object]) -> Iterator[tuple
     entry = {"names": [*names], "action": "SCMP_ACT_NOTIFY"}
     made = seccomp.Filter({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [entry]})
     ours, theirs = socket.socketpair()
-    with ours, process.fork(lambda: (_confine(made, theirs), fn())[1]) as child:
+    with ours, process.fork(lambda: _confined(made, theirs, fn)) as child:
         theirs.close()
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
         if not fds:
@@ -161,13 +161,14 @@ def supervised(names: Sequence[str], fn: Callable[[], object]) -> Iterator[tuple
             yield child, listener
 
 
-def _confine(made: seccomp.Filter, parent: socket.socket) -> None:
-    """no_new_privs, the filter, and the listener to the parent: in the child."""
+def _confined(made: seccomp.Filter, parent: socket.socket, fn: Callable[[], object]) -> object:
+    """no_new_privs, the filter, and the listener to the parent; then fn: in the child."""
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     fd = made.install()
     socket.send_fds(parent, [b"!"], [fd])
     os.close(fd)
     parent.close()
+    return fn()
 
 
 class Agent:

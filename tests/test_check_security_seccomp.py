@@ -49,7 +49,8 @@ def test_no_sigkill_does_not_believe_its_own_interpreter(monkeypatch):
 
 
 def entry(op, value, action="SCMP_ACT_ERRNO", **more):
-    return {"names": ["socket"], "action": action, "args": [{"index": 0, "op": f"SCMP_CMP_{op}", "value": value}]} | more
+    test = {"index": 0, "op": f"SCMP_CMP_{op}", "value": value}
+    return {"names": ["socket"], "action": action, "args": [test]} | more
 
 
 def profile(*entries, default="SCMP_ACT_ALLOW"):
@@ -146,6 +147,12 @@ def test_gatekeeper_passes(folder):
             listener.reply(call, error=errno.EACCES)
 
     assert check.gatekeeper(honest, folder)
+
+
+def test_gatekeeper_wants_a_clean_place(tmp_path):
+    (tmp_path / "evil").mkdir()
+    assert "もうあります" in check.gatekeeper(racing, str(tmp_path)).message
+    assert os.listdir(tmp_path) == ["evil"]
 
 
 def test_nothing_is_not_an_answer(folder):

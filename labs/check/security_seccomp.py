@@ -43,7 +43,7 @@ def _errno(fn: Callable[[], object]) -> int:
 
 def _raw_kill(number: int) -> int:
     """kill(2) with all 64 bits of the signal: it goes to process group 2^30, which nobody has."""
-    words = [ctypes.c_long(word) for word in (seccomp.resolve("kill"), -(1 << 30), number)]
+    words = [ctypes.c_long(word) for word in (seccomp.resolve("kill") or 0, -(1 << 30), number)]
     return 0 if _libc.syscall(*words) == 0 else ctypes.get_errno()
 
 
@@ -158,9 +158,10 @@ def _mkdir(handler: Handler, path: str, then: str) -> tuple[int, bool, bool]:
 def gatekeeper(handler: Handler, folder: str) -> Steps:
     """handler(listener, call) lets a caller make directories named ok-… in folder, nothing else, and is not raced."""
     yield callable(handler), "`handler(listener, call)` という関数を渡してください。"
+    good, evil = f"{folder}/ok-good", f"{folder}/evil"
+    yield not os.path.exists(good) and not os.path.exists(evil), "`folder` に `ok-good` か `evil` がもうあります。消してからやり直してください。"
     place = tempfile.mkdtemp(prefix="ok-", dir=folder)
     try:
-        good, evil = f"{folder}/ok-good", f"{folder}/evil"
         refused, _, answered = _mkdir(handler, evil, evil)
         yield answered, "呼んだ側が眠ったままです。どの道を通っても `reply` か `proceed` を一度呼んでください。"
         yield not os.path.exists(evil), "`evil` ができました。名前が `ok-` で始まらないものは `reply(call, error=…)` で断ってください。"
