@@ -104,7 +104,7 @@ def no_odd_sockets(profile: dict[str, Any]) -> Steps:
     free = [name for name in odd if found[name] != errno.EPERM]
     yield len(free) < 2, "`AF_PACKET` も `AF_VSOCK` も断られていません。「等しくない」の項目を二つ並べると、どの値も必ず片方に当てはまります。"
     yield not free, f"`{' '.join(free)}` がまだ `EPERM` で断られていません。値ごとに一つの項目を書けます。"
-    return "`socket` は通り、中身の見えない二つの家系だけが断られました。"
+    return "ふだんのソケットは通り、二つのアドレスファミリーだけが断られました。"
 
 
 class _Cheat(notify.Listener):
