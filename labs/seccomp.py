@@ -77,15 +77,17 @@ def precedence(answer: int) -> int:
 
 
 def compile_profile(profile: dict[str, Any], machine: str = syscalls.MACHINE,
-                    search: bool = False) -> list[Instruction]:
+                    search: bool = False, strict: bool = True) -> list[Instruction]:
     """The filter of a profile (linux.seccomp of config.json): at most LONGEST instructions (code, jt, jf, k).
 
     search: halve the numbers instead of comparing one after the other; the answers are the same.
+    strict: a name that no architecture has is an error where it refuses; where it only allows more it is left out.
     """
     default = action(profile["defaultAction"], profile.get("defaultErrnoRet"))
     if machine not in NATIVE:
         raise BadInput("linux.seccomp", machine, "labs knows the calls of x86_64 and aarch64 only")
-    _check_names(profile, default, ARCHES[NATIVE[machine]][1])
+    if strict:
+        _check_names(profile, default, ARCHES[NATIVE[machine]][1])
     arches = list(dict.fromkeys([NATIVE[machine], *(profile.get("architectures") or [])]))
     program: list[Instruction] = [(LOAD, 0, 0, ARCH)]
     for audit in dict.fromkeys(ARCHES[arch][0] for arch in arches):
@@ -102,7 +104,7 @@ def compile_profile(profile: dict[str, Any], machine: str = syscalls.MACHINE,
 
 
 def _check_names(profile: dict[str, Any], default: int, token: int) -> None:
-    """A name that no architecture has is left out where it would only allow more, and is an error where it refuses."""
+    """BadInput for a name that is to be refused and that libseccomp has never heard of."""
     for index, entry in enumerate(profile.get("syscalls") or []):
         if precedence(action(entry["action"], None)) < precedence(default):
             for name in entry["names"]:
@@ -466,14 +468,17 @@ def _filter_of(pid: int, index: int) -> list[Instruction]:
 
 
 class Filter:
-    """A profile compiled and assembled, ready for the one call that installs it."""
+    """A profile compiled and assembled, ready for the one call that installs it.
 
-    def __init__(self, profile: dict[str, Any]) -> None:
+    Not strict, it leaves out names that nobody knows, as runc and crun do.
+    """
+
+    def __init__(self, profile: dict[str, Any], strict: bool = False) -> None:
         self.listening = any(entry["action"] == "SCMP_ACT_NOTIFY" for entry in profile.get("syscalls") or [])
         self.flags = sum(FLAGS[flag] for flag in set(profile.get("flags") or []))
         if self.listening:
             self.flags |= NEW_LISTENER | (TSYNC_ESRCH if self.flags & FLAGS["SECCOMP_FILTER_FLAG_TSYNC"] else 0)
-        self.code = assemble(compile_profile(profile, search=True))
+        self.code = assemble(compile_profile(profile, search=True, strict=strict))
 
     def install(self) -> int:
         """seccomp(2) for the calling process and what it becomes: the listener's file descriptor, or -1."""

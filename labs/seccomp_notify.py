@@ -37,7 +37,6 @@ RESPONSE = struct.Struct("=QqiI")  # struct seccomp_notif_resp: id, val, error, 
 ADDFD = struct.Struct("=QIIII")  # struct seccomp_notif_addfd: id, flags, srcfd, newfd, newfd_flags
 LONGEST_TEXT = 4096  # PATH_MAX, <linux/limits.h>
 LONGEST_STATE = 1 << 20  # a runtime sends it in one piece
-PAGE = os.sysconf("SC_PAGESIZE")
 HANDOVER = ("sendmsg", "close", "exit", "exit_group")  # what a process does after it has installed the filter
 
 
@@ -118,7 +117,7 @@ class Listener:
         with open_memory(call.pid) as memory:
             if not self.valid(call):  # only now is it certain whose memory was opened
                 raise KernelError("seccomp notification", errno.ENOENT)
-            return os.fsdecode(_string(memory.fileno(), call.arguments[argument]))
+            return os.fsdecode(os.pread(memory.fileno(), LONGEST_TEXT, call.arguments[argument]).partition(b"\0")[0])
 
 
 def _ioctl(fd: int, request: int, argument: bytearray) -> int:
@@ -135,22 +134,13 @@ def open_memory(pid: int) -> Any:
     return open(f"/proc/{pid}/mem", "rb", buffering=0)
 
 
-def _string(memory: int, address: int) -> bytes:
-    """Up to the first NUL; a page at a time, as the next one may not be there."""
-    found = b""
-    while b"\0" not in found and len(found) < LONGEST_TEXT:
-        found += os.pread(memory, PAGE - address % PAGE, address)
-        address += PAGE - address % PAGE
-    return found.partition(b"\0")[0][:LONGEST_TEXT]
-
-
 @contextmanager
 def supervised(names: Sequence[str], fn: Callable[[], object]) -> Iterator[tuple[process.Child, Listener]]:
     """Run fn in a child; the calls named wait for the listener's answer.  At the end the child is killed."""
     if bad := [name for name in names if name in HANDOVER]:
         raise BadInput("names", bad[0], "is needed to hand the listener over")
     entry = {"names": [*names], "action": "SCMP_ACT_NOTIFY"}
-    made = seccomp.Filter({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [entry]})
+    made = seccomp.Filter({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [entry]}, strict=True)
     ours, theirs = socket.socketpair()
     with ours, process.fork(lambda: _confined(made, theirs, fn)) as child:
         theirs.close()

@@ -188,6 +188,8 @@ def test_a_name_that_an_architecture_lacks_is_left_out():
 def test_an_unknown_name_is_an_error_only_where_it_should_refuse():
     with pytest.raises(BadInput, match=r"linux.seccomp.syscalls\[1\].names: 'mkdri': is no system call"):
         seccomp.compile_profile(profile(call("rmdir"), call("mkdir mkdri")), "x86_64")
+    runtime = seccomp.Filter(profile(call("mkdir mkdri")))
+    assert runtime.code == seccomp.Filter(profile(call("mkdir"))).code
     allowed = call("read of_the_future", "SCMP_ACT_ALLOW")
     program = seccomp.compile_profile(profile(allowed, default=ERRNO), "x86_64")
     assert answer(program, number("read")) == ALLOW
@@ -255,6 +257,7 @@ SHAPES = {
     "the first": profile(call("read")),
     "neighbours": profile(call("read write open close"), TESTED, call("mkdir", "SCMP_ACT_KILL_PROCESS")),
     "allowed": profile(call("read write kill", "SCMP_ACT_ALLOW"), default=ERRNO),
+    "the newest refused": profile(call("read", "SCMP_ACT_ALLOW"), call("kill"), default=ERRNO),
     "three": profile(call("mkdir socket semget"), architectures=["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]),
     "two that say nothing new": profile(call("read", "SCMP_ACT_ALLOW"), call("kill")),
 }

@@ -121,6 +121,9 @@ def test_a_call_whose_caller_is_gone_is_no_longer_valid():
             with pytest.raises(OSError, match="No such file") as caught:
                 answer()
             assert caught.value.errno == errno.ENOENT
+        reborn = call._replace(pid=os.getpid())
+        with pytest.raises(KernelError, match="seccomp notification"):
+            listener.text(reborn, 0)
         assert listener.receive() is None
 
 
