@@ -47,6 +47,8 @@ PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 # <linux/seccomp.h>
 SECCOMP_SET_MODE_FILTER = 1
+# <sys/ptrace.h>
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_SECCOMP_GET_FILTER = 17, 0x4206, 0x4207, 0x420C
 # <linux/keyctl.h>
 KEYCTL_JOIN_SESSION_KEYRING = 1
 # <linux/bpf.h>
@@ -65,6 +67,8 @@ _COMMON = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, 
 # PyDLL keeps the interpreter's lock during a call: no other thread runs between a call and its errno.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_ulong, ctypes.c_void_p)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 Path = str | bytes | os.PathLike[str]
@@ -258,6 +262,33 @@ def seccomp(program: bytes, flags: int = 0) -> int:
     code = ctypes.create_string_buffer(program, len(program))
     fprog = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
     return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
+
+
+# push rbx; eax, ebx, ecx = edi, esi, edx; int 0x80; pop rbx; sign-extend; ret
+_INT80 = bytes.fromhex("53 89f8 89f3 89d1 cd80 5b 4898 c3")
+
+
+def int80(number: int, text: str, argument: int = 0) -> int:
+    """A system call of 32-bit x86 from a 64-bit process, with a text in low memory: the number is of unistd_32.h."""
+    if MACHINE != "x86_64":
+        raise KernelError(f"int 0x80 on {MACHINE}", errno.ENOSYS)
+    import mmap  # for this one alone
+
+    low = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40  # MAP_32BIT, <asm/mman.h>
+    with mmap.mmap(-1, mmap.PAGESIZE, low, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(_INT80.ljust(64) + os.fsencode(text) + b"\0")
+        word = ctypes.c_char.from_buffer(page)
+        start = ctypes.addressof(word)
+        result = ctypes.PYFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 3)(start)(number, start + 64, argument)
+        del word
+    if result < 0:
+        raise KernelError("int 0x80", -result)
+    return int(result)
+
+
+def ptrace(request: int, pid: int, address: int = 0, data: int | None = None) -> int:
+    """ptrace(2): one request about a traced process; data is an address of the caller's."""
+    return _check(_libc.ptrace(request, pid, address, data), "ptrace")
 
 
 def keyctl(operation: int, text: str) -> int:
