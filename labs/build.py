@@ -20,10 +20,11 @@ from labs import build_config, build_copy, dockerfile, image, machine
 from labs.build_cache import Store, key_of, stack
 from labs.build_config import PROXIES, State
 from labs.build_copy import Copy, Source, Tree
-from labs.build_root import forget, opened
+from labs.build_root import forget
 from labs.container import Bind, Container
 from labs.dockerfile import DockerfileError, Instruction, located
 from labs.errors import BadInput, CommandNotFound, NotExecutable
+from labs.mounts import opened
 
 HOSTNAME = "labs-build"
 SCRIPT = "/dev/pipes/script"  # where a here-document that begins with #! is while it runs

@@ -19,8 +19,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from labs import layer, syscalls
-from labs.build_root import IN_ROOT, Item, Root, opened
+from labs.build_root import IN_ROOT, Item, Root
 from labs.errors import BadInput, KernelError
+from labs.mounts import opened
 
 BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
 TAR_MAGIC = slice(257, 262)  # "ustar", tar(5)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from labs import layer, machine, mounts, syscalls
 from labs.container import Ids
 from labs.errors import BadInput, KernelError
+from labs.mounts import opened
 
 IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 WHOLE_FILE = 1 << 20  # passwd and group larger than this are not read
@@ -156,15 +157,6 @@ class Root:
         for path, item in reversed(folders):  # each entry made in a directory changed its time
             with opened(self.folder(path)) as folder:
                 os.utime(folder, ns=(item.status.st_mtime_ns, item.status.st_mtime_ns))
-
-
-@contextmanager
-def opened(fd: int) -> Iterator[int]:
-    """Close a descriptor at the end of the block."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _make_folder(parent: int, name: str, path: str, owner: tuple[int, int]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from labs import machine, syscalls
+from labs import machine, mounts, syscalls
 from labs.errors import BadInput, ChildFailed, KernelError
 
 # What makes each filesystem, and what makes it count the space of projects.
@@ -118,26 +118,19 @@ def mounted(file: str, path: str, kind: str = "ext4", options: str = "") -> Iter
     machine.require()
     _check_whole(file)
     device, fd = attach(file)
-    try:
+    with mounts.opened(fd):
         syscalls.mount(device, path, kind, 0, options or None)
-    finally:
-        os.close(fd)
-    try:
+    with mounts.mounted(path):
         yield device
-    finally:
-        syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
 
 
 def attach(file: str) -> tuple[str, int]:
     """Put a free loop device before a file, loop(4): the device, and the descriptor that holds it."""
-    backing = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with mounts.opened(os.open(file, os.O_RDWR | os.O_CLOEXEC)) as backing:
         while True:
             device = f"/dev/loop{_free()}"
             if (fd := _configure(device, backing)) is not None:
                 return device, fd
-    finally:
-        os.close(backing)
 
 
 def _configure(device: str, backing: int) -> int | None:
@@ -155,11 +148,8 @@ def _configure(device: str, backing: int) -> int | None:
 
 def _free() -> int:
     """The number of a loop device that nobody uses; the kernel makes one where all are taken."""
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with mounts.opened(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)) as control:
         return fcntl.ioctl(control, LOOP_CTL_GET_FREE)
-    finally:
-        os.close(control)
 
 
 def _check_whole(file: str) -> None:
@@ -182,34 +172,30 @@ def limit(path: str, project: int, size: int) -> None:
         raise BadInput("project", project, "must be 1 to 4294967295")
     if size < 0:
         raise BadInput("size", size, "must be a number of bytes, or 0")
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        flags, extent, extents, _, cow = FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size)))
+    with mounts.opened(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        flags, extent, extents, _, cow = _attributes(fd)
         wanted = FSXATTR.pack(flags | FS_XFLAG_PROJINHERIT, extent, extents, project, cow)
         fcntl.ioctl(fd, FS_IOC_FSSETXATTR, wanted)
         block = bytearray(DQBLK.pack(-(-size // 1024), 0, 0, 0, 0, 0, 0, 0, QIF_BLIMITS))
         syscalls.quotactl_fd(fd, _command(Q_SETQUOTA), project, block)
-    finally:
-        os.close(fd)
 
 
 def project(path: str) -> int:
     """The project that a file or directory belongs to, 0 without one: ioctl_fsgetxattr(2)."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return int(FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size)))[3])
-    finally:
-        os.close(fd)
+    with mounts.opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return _attributes(fd)[3]
+
+
+def _attributes(fd: int) -> tuple[int, ...]:
+    """The fields of struct fsxattr."""
+    return FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(FSXATTR.size)))
 
 
 def usage(path: str, project: int) -> Usage:
     """What a project of the filesystem at path holds: as the quota counts it."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        block = bytearray(DQBLK.size)
+    block = bytearray(DQBLK.size)
+    with mounts.opened(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         syscalls.quotactl_fd(fd, _command(Q_GETQUOTA), project, block)
-    finally:
-        os.close(fd)
     hard, _, space, *_ = DQBLK.unpack(block)
     return Usage(space, hard * 1024)
 

@@ -96,11 +96,8 @@ class Driver:
 
     def sync(self) -> None:
         """Write out what is only in memory yet: syncfs(2)."""
-        fd = os.open(self.store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with mounts.opened(os.open(self.store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
             syscalls.syncfs(fd)
-        finally:
-            os.close(fd)
 
     def _place(self, layer: str) -> str:
         return f"{self.store}/{_check_name(layer)}"
@@ -185,11 +182,8 @@ class Btrfs(Driver):
         if below is None:
             _subvolume(place, BTRFS_IOC_SUBVOL_CREATE_V2, VOL_ARGS_V2.pack(0, 0, 0, b"tree"))
             return
-        parent = os.open(f"{below}/tree", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with mounts.opened(os.open(f"{below}/tree", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as parent:
             _subvolume(place, BTRFS_IOC_SNAP_CREATE_V2, VOL_ARGS_V2.pack(parent, 0, 0, b"tree"))
-        finally:
-            os.close(parent)
 
     def _show(self, place: str) -> AbstractContextManager[str]:
         return nullcontext(f"{place}/tree")
@@ -202,13 +196,11 @@ class Btrfs(Driver):
 
 def _subvolume(folder: str, command: int, arguments: bytes) -> None:
     """One ioctl(2) on the directory that the subvolume lies in."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, command, bytearray(arguments))  # bytes may be 1024 at most
-    except OSError as error:
-        raise KernelError("ioctl on a subvolume", error.errno or 0, folder) from error
-    finally:
-        os.close(fd)
+    with mounts.opened(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        try:
+            fcntl.ioctl(fd, command, bytearray(arguments))  # bytes may be 1024 at most
+        except OSError as error:
+            raise KernelError("ioctl on a subvolume", error.errno or 0, folder) from error
 
 
 def _check_name(name: str) -> str:

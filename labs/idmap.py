@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from labs import machine, namespaces, process, syscalls
+from labs import machine, mounts, namespaces, process, syscalls
 from labs.errors import BadInput, KernelError
 
 Rows = Sequence[namespaces.Map]
@@ -41,10 +41,8 @@ def user_namespace(uids: Rows, gids: Rows | None = None) -> Iterator[int]:
             child.wait()
         namespaces.write_maps(child.pid, uids, uids if gids is None else gids, setgroups="allow")
         fd = os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with mounts.opened(fd):
         yield fd
-    finally:
-        os.close(fd)
 
 
 def _stay() -> None:
@@ -77,15 +75,11 @@ def bind(source: str, target: str, uids: Rows, gids: Rows | None = None, readonl
 def attach(source: str, target: str, userns: int, readonly: bool = False) -> Iterator[str]:
     """The same with the maps of a user namespace that is there: one serves any number of mounts."""
     tree = _mapped(source, userns, syscalls.MOUNT_ATTR_RDONLY if readonly else 0)
-    try:
+    with mounts.opened(tree):
         syscalls.move_mount(tree, target)
         syscalls.mount_setattr(tree, propagation=syscalls.MS_PRIVATE)  # it was made shared below a shared one
-    finally:
-        os.close(tree)
-    try:
+    with mounts.mounted(target):
         yield target
-    finally:
-        syscalls.umount2(target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
 
 
 def answer(path: str) -> str:

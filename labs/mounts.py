@@ -53,11 +53,8 @@ def root(rows: Sequence[Mount]) -> Mount | None:
 
 def holding(path: str, pid: int | str = "self") -> Mount:
     """The mount that a path of a process lies on, links followed, whatever was mounted there before."""
-    fd = _open(path) if pid == "self" else beneath(f"/proc/{pid}/root", path)
-    try:
+    with opened(_open(path) if pid == "self" else beneath(f"/proc/{pid}/root", path)) as fd:
         return holding_fd(fd, pid)
-    finally:
-        os.close(fd)
 
 
 def holding_fd(fd: int, pid: int | str = "self") -> Mount:
@@ -66,16 +63,22 @@ def holding_fd(fd: int, pid: int | str = "self") -> Mount:
     return next(row for row in table(pid) if row.id == int(fields["mnt_id"]))
 
 
-def beneath(root: str, path: str) -> int:
+def beneath(root: str, path: str, flags: int = os.O_PATH) -> int:
     """A descriptor of a path as a process sees it whose / is root: no link leads out (openat2(2), RESOLVE_IN_ROOT).
 
-    It opens nothing (O_PATH), and stays what it is whatever is put in the path's place afterwards.
+    With O_PATH it opens nothing.  It stays what it is whatever is put in the path's place afterwards.
     """
-    top = _open(root)
+    with opened(_open(root)) as top:
+        return syscalls.openat2(top, path.lstrip("/") or ".", flags, syscalls.RESOLVE_IN_ROOT)
+
+
+@contextmanager
+def opened(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end of the block."""
     try:
-        return syscalls.openat2(top, path.lstrip("/") or ".", os.O_PATH, syscalls.RESOLVE_IN_ROOT)
+        yield fd
     finally:
-        os.close(top)
+        os.close(fd)
 
 
 def _open(path: str) -> int:
@@ -113,7 +116,7 @@ def _unescape(text: str) -> str:
 
 
 @contextmanager
-def _mounted(target: str) -> Iterator[str]:
+def mounted(target: str) -> Iterator[str]:
     """Take the mount off target on the way out, even while someone still uses it."""
     try:
         yield target
@@ -130,7 +133,7 @@ def bind(source: str, target: str, readonly: bool = False, recursive: bool = Fal
     machine.require()
     deep = MS_REC if recursive else 0
     syscalls.mount(source, target, None, MS_BIND | deep)
-    with _mounted(target):
+    with mounted(target):
         syscalls.mount(None, target, None, MS_PRIVATE | deep)
         if readonly:
             make_readonly(target, recursive)
@@ -167,7 +170,7 @@ def tmpfs(target: str, size: int | str = "16m", mode: int = 0o755) -> Iterator[s
     """A tmpfs of that size (bytes, or with k, m, g) on target: tmpfs(5)."""
     machine.require()
     syscalls.mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode={mode:o}")
-    with _mounted(target):
+    with mounted(target):
         syscalls.mount(None, target, None, MS_PRIVATE)
         yield target
 
@@ -177,7 +180,7 @@ def overlay(lower: Sequence[str], upper: str | None, work: str | None, target: s
     """An overlay of read-only lower directories (uppermost first) and a writable upper one."""
     machine.require()
     syscalls.mount("overlay", target, "overlay", 0, overlay_options(lower, upper, work))
-    with _mounted(target):
+    with mounted(target):
         yield target
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, NamedTuple
 
-from labs import layer, machine, mounts, process, syscalls
+from labs import layer, machine, mounts, process
 from labs.errors import BadInput, ChildFailed, KernelError
 
 STORE = f"{machine.DATA}/{machine.PREFIX}volumes"
@@ -165,14 +165,11 @@ class Volumes:
         source = _open_in(rootfs, path)
         if source is None:
             return False
-        try:
-            with self._locked(), self._half_made(name) as place:
-                if os.listdir(volume.path) or self.users(name):
-                    return False
-                _run([*COPY, f"{place}/{DATA}"], f"/proc/self/fd/{source}", hide=f"{place}/{DATA}")
-                os.rename(f"{place}/{DATA}", volume.path)  # rename(2) replaces an empty directory
-        finally:
-            os.close(source)
+        with mounts.opened(source), self._locked(), self._half_made(name) as place:
+            if os.listdir(volume.path) or self.users(name):
+                return False
+            _run([*COPY, f"{place}/{DATA}"], f"/proc/self/fd/{source}", hide=f"{place}/{DATA}")
+            os.rename(f"{place}/{DATA}", volume.path)  # rename(2) replaces an empty directory
         return True
 
     def backup(self, name: str, file: str) -> int:
@@ -298,16 +295,14 @@ def _check_name(name: str) -> str:
 
 def _open_in(rootfs: str, path: str) -> int | None:
     """A directory of an image, its links resolved as in a container; None where there is nothing."""
-    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        return syscalls.openat2(root, path.lstrip("/") or ".", flags, syscalls.RESOLVE_IN_ROOT)
-    except OSError as error:
+        return mounts.beneath(rootfs, path, os.O_RDONLY | os.O_DIRECTORY)
+    except KernelError as error:
+        if error.step != "openat2":  # it is rootfs that is not there
+            raise
         if error.errno == errno.ENOENT:
             return None
         raise BadInput("path", path, f"is no directory of the image: {error.strerror}") from error
-    finally:
-        os.close(root)
 
 
 def _run(words: Sequence[str], folder: str, *, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None,

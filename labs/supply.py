@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from labs import image, machine, syscalls
+from labs import image, machine, mounts
 from labs.errors import BadInput, KernelError, Mismatch, RegistryError
 from labs.image import Descriptor, Layout
 from labs.registry import Registry
@@ -56,16 +56,13 @@ def packages(root: str) -> list[Package]:
 
 def _within(root: str, path: str) -> bytes:
     """A file of an image; a link in it leads to the image's files, never to ours."""
-    top = os.open(root, os.O_PATH | os.O_DIRECTORY)
     try:
-        with open(syscalls.openat2(top, path, os.O_RDONLY, syscalls.RESOLVE_IN_ROOT), "rb") as file:
+        with open(mounts.beneath(root, path, os.O_RDONLY), "rb") as file:
             return file.read()
     except KernelError as error:
         if error.errno != errno.ENOENT:
             raise
         raise BadInput("root", path, "must be there: only packages that dpkg has installed are known") from error
-    finally:
-        os.close(top)
 
 
 def sbom(found: Sequence[Package], subject: Descriptor, name: str) -> bytes:

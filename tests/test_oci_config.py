@@ -493,8 +493,7 @@ def explained(name, runtime):
 @pytest.mark.parametrize("name", TABLE)
 def test_a_container_is_as_with_the_other_runtimes(name, others):
     case = TABLE[name]
-    if not _has(case.needs):
-        pytest.skip(f"this machine lacks {' '.join(case.needs)}")
+    assert _has(case.needs), f"this machine lacks {' '.join(case.needs)}"
     crun = case.crun or "crun" in explained(name, "runc").values()
     runtimes = ["labs", "runc", *["crun"] * crun]
     with ThreadPoolExecutor(2) as pool:

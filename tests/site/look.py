@@ -130,6 +130,20 @@ def unnamed(page: Page) -> list[str]:
     )
 
 
+def squeezed(page: Page) -> list[str]:
+    """Pictures that are not shown in their own proportions: a narrow window takes width and leaves the height."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll('main img')]
+          .filter((e) => {
+            const style = getComputedStyle(e);
+            const wide = e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+            const high = e.clientHeight - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom);
+            return e.naturalWidth && high && Math.abs((wide * e.naturalHeight) / (high * e.naturalWidth) - 1) > 0.02;
+          })
+          .map((e) => 'picture squeezed: ' + e.outerHTML.slice(0, 120))"""
+    )
+
+
 def faults(browser: Browser, url: str, listing: bool = False) -> list[str]:
     """Everything wrong with one page: on a phone in the light theme, then on a desk in the dark one.
 
@@ -144,7 +158,7 @@ def faults(browser: Browser, url: str, listing: bool = False) -> list[str]:
             themed = page.locator("html[data-theme]").count() > 0
             if themed:
                 page.wait_for_function("theme => document.documentElement.dataset.theme === theme", arg=theme)
-            found = overflow(page) + unnamed(page)
+            found = overflow(page) + unnamed(page) + squeezed(page)
             if theme == "light" or not listing:
                 found += barriers(page)
             complaints += [f"{theme}: {line}" for line in found]

@@ -10,6 +10,7 @@ from look import faults, serve
 from playwright.sync_api import Browser
 
 GOOD = "<p>名前空間</p>"
+WIDE = "data:image/svg+xml,<svg xmlns=%22http://www.w3.org/2000/svg%22 width=%22640%22 height=%22320%22/>"
 BAD = [
     ("console: ", "<script>console.error('broken')</script>"),
     ("script: ", "<script>nowhere()</script>"),
@@ -26,6 +27,7 @@ BAD = [
         "<div class='highlight'><pre>" + "<span class='k'>if</span> " * 3 + "<span class='c' style='color: #ddd'>"
         "# 読めない注</span></pre></div>",
     ),
+    ("light: picture squeezed", f"<img alt='x' src='{WIDE}' style='width: 640px; height: 320px; max-width: 100%'>"),
     ("light: axe critical image-alt", "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw=' width='9' height='9'>"),
 ]
 PAGE = (
