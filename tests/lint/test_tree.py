@@ -43,13 +43,14 @@ def test_every_notebook_is_in_the_book():
 def test_imports_in_labs_go_down_only():
     floors = [
         ["errors"], ["machine", "oci_json"], ["syscalls"],
-        ["process", "mounts", "devices", "capabilities", "seccomp"],
-        ["namespaces", "cgroup", "oci_config", "oci_hooks", "layer", "dockerfile", "disks"],
+        ["process", "mounts", "devices", "capabilities"],
+        ["namespaces", "cgroup", "oci_config", "oci_hooks", "layer", "dockerfile", "disks",
+         "seccomp", "landlock", "apparmor"],
         ["monitor", "oci_root", "oci_cgroup", "oci_process", "oci_spawn", "oci_schema", "strace", "engine", "netns",
-         "drivers", "storage", "idmap"],
+         "drivers", "storage", "idmap", "capability_trials", "seccomp_notify", "userns"],
         ["container", "microvm", "oci_state", "oci_attend", "image", "netlink", "firewall", "volume_plugin"],
         ["oci_init", "registry", "registry_server", "ipam", "dns"],
-        ["oci", "supply", "build_config", "build_root", "network"],
+        ["oci", "supply", "build_config", "build_root", "network", "security"],
         ["oci_cli", "build_cache", "build_copy", "links", "cni"], ["build"],
         ["show", "lab"], ["explore", "topology", "capture", "mountmap"], ["check"],
     ]
