@@ -72,6 +72,7 @@ def test_a_panic_of_the_guest_ends_qemu_alone(vm: microvm.MicroVM) -> None:
     assert vm.wait(60).code == 0
 
 
+@pytest.mark.machine
 def test_without_qemu_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     board = microvm.BOARDS[os.uname().machine]._replace(qemu="qemu-that-is-not-there")
     monkeypatch.setitem(microvm.BOARDS, os.uname().machine, board)
