@@ -115,12 +115,13 @@ def create(options: oci.Options, given: dict[str, Any], words: list[str]) -> int
 def run(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
     """run ID: create, start, and unless --detach wait for the end and delete."""
     close_the_rest(options.preserve_fds)
+    waiting = _listen(options)
     pid, console = oci.create(options, words[0])
     try:
         oci.start(options, words[0])
         if options.detach:
             return 0
-        return _attend(pid, console)
+        return _attend(pid, console, waiting)
     except BaseException:
         options.keep = False
         raise
@@ -132,14 +133,21 @@ def run(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
 def execute(options: oci.Options, given: dict[str, Any], words: list[str]) -> int:
     """exec ID COMMAND…, or exec --process FILE ID"""
     close_the_rest(options.preserve_fds)
+    waiting = _listen(options)
     pid, console = oci.execute(options, words[0], _process(options, given, words), bool(given.get("ignore-paused")))
-    return 0 if options.detach else _attend(pid, console)
+    return 0 if options.detach else _attend(pid, console, waiting)
 
 
-def _attend(pid: int, console: int) -> int:
+def _listen(options: oci.Options) -> list[int]:
+    """The signals that come before the process is there to take them, unless nobody stays for it."""
+    from labs import oci_attend
+    return [] if options.detach else oci_attend.listen()
+
+
+def _attend(pid: int, console: int, waiting: list[int]) -> int:
     """Stay until the process has ended: pass signals on, carry its terminal; its status as a shell shows it."""
     from labs import oci_attend
-    return oci_attend.attend(pid, console)
+    return oci_attend.attend(pid, console, waiting)
 
 
 def _process(options: oci.Options, given: dict[str, Any], words: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def vm() -> Iterator[microvm.MicroVM]:
 
 def test_both_boards_are_known() -> None:
     for architecture, console in (("x86_64", "ttyS0"), ("aarch64", "ttyAMA0")):
-        command = microvm.qemu_command(128 << 20, "/initramfs", architecture, "/kernel")
+        command = microvm.qemu_command(128 << 20, "/initramfs", architecture, kernel="/kernel")
         assert command[0] == f"qemu-system-{architecture}"
         assert command[command.index("-m") + 1] == "128"
         assert f"console={console}" in command[-1]
@@ -26,7 +26,7 @@ def test_both_boards_are_known() -> None:
 
 def test_no_board_for_an_unknown_architecture() -> None:
     with pytest.raises(BadInput, match=r"architecture: 'riscv64'"):
-        microvm.qemu_command(128 << 20, "/initramfs", "riscv64")
+        microvm.qemu_command(128 << 20, "/initramfs", "riscv64", kernel="/kernel")
 
 
 @pytest.mark.machine
@@ -72,6 +72,7 @@ def test_a_panic_of_the_guest_ends_qemu_alone(vm: microvm.MicroVM) -> None:
     assert vm.wait(60).code == 0
 
 
+@pytest.mark.machine
 def test_without_qemu_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     board = microvm.BOARDS[os.uname().machine]._replace(qemu="qemu-that-is-not-there")
     monkeypatch.setitem(microvm.BOARDS, os.uname().machine, board)

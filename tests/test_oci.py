@@ -117,6 +117,13 @@ def test_run_passes_its_own_signals_on(made):
         assert running.wait(60) == 7
 
 
+def test_a_signal_that_comes_before_the_runtime_waits_is_not_lost(made):
+    script = "while [ ! -e /ready ]; do sleep 0.05; done; kill -TERM $PPID"
+    made.write("trap 'exit 7' TERM; > /ready; while :; do sleep 0.1; done", {"hooks": {"poststart": [
+        {"path": "/bin/sh", "args": ["sh", "-c", script.replace("/ready", str(made.rootfs / "ready"))]}]}})
+    assert made.run().returncode == 7
+
+
 def test_a_killed_container_ends_with_137(made):
     made.write(SLEEP)
     with subprocess.Popen([*made.line(), "run", made.name], cwd=made.path, stdout=subprocess.PIPE) as running:
