@@ -1,4 +1,6 @@
-"""seccomp: compile Docker's default profile by labs and by libseccomp, install it, and pay for it at every call.
+"""What each layer costs at the start; seccomp: Docker's profile compiled by labs and libseccomp, and paid for at calls.
+
+A start is fork, the layers, execve of `true`, and its end; the layers are what labs puts on, in the order of a runtime.
 
 libseccomp is called as crun calls it (a chain of comparisons) and with its own tree (SCMP_FLTATR_CTL_OPTIMIZE 2).
 A call is os.getppid(), which does next to nothing in the kernel.  A filter that allows it without looking at its
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import socket
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from bench.table import Row, main, show, side_by_side
-from labs import process, seccomp, syscalls
+from labs import capabilities, namespaces, process, seccomp, syscalls
 
 PROFILE = "/usr/share/containers/seccomp.json"
 CAPABILITIES = ("CAP_CHOWN", "CAP_KILL", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SYS_CHROOT", "CAP_AUDIT_WRITE")
@@ -26,6 +29,12 @@ SIZES = (10, 100, 250)
 # What a child does between the filter and its end.
 NEEDED = ("exit_group", "futex", "clock_gettime", "openat", "newfstatat", "getrandom", "gettid", "tgkill", "prlimit64")
 OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE, <seccomp.h>
+# What Docker leaves to a container.
+DEFAULT = capabilities.parse(
+    "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE NET_RAW SYS_CHROOT MKNOD AUDIT_WRITE "
+    "SETFCAP".split()
+)
+IDS = (0, 100_000, 65536)
 
 
 class Comparison(ctypes.Structure):
@@ -65,10 +74,15 @@ def by_libseccomp(profile: dict[str, Any], optimize: int = 1) -> bytes:
         return file.read()
 
 
-def compiling(runs: int) -> list[Row]:
-    """Podman's copy of Docker's default profile, with those of Docker's capabilities that it asks for, to bytes."""
+def default_profile() -> dict[str, Any]:
+    """Podman's copy of Docker's default profile, with those of Docker's capabilities that it asks for."""
     with open(PROFILE, encoding="utf-8") as file:
-        profile = seccomp.oci_profile(json.load(file), CAPABILITIES)
+        return seccomp.oci_profile(json.load(file), CAPABILITIES)
+
+
+def compiling(runs: int) -> list[Row]:
+    """That profile to bytes."""
+    profile = default_profile()
     ways: dict[str, Callable[[], bytes]] = {
         "labs, search": lambda: seccomp.assemble(seccomp.compile_profile(profile, search=True)),
         "labs, chain": lambda: seccomp.assemble(seccomp.compile_profile(profile)),
@@ -102,6 +116,64 @@ def _in_child(code: bytes, calls: int) -> float:
     return process.call(work)
 
 
+def user_namespace(gate: socket.socket) -> None:
+    """In the child: a user namespace, and root in it as soon as the parent has written the maps."""
+    syscalls.unshare(syscalls.CLONE_NEWUSER)
+    gate.send(b"!")
+    gate.recv(1)
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def no_new_privs() -> None:
+    """The one call of it."""
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def few_capabilities() -> None:
+    """Docker's set, in the bounding, the effective and the permitted one."""
+    capabilities.limit(DEFAULT)
+    capabilities.become({"effective": DEFAULT, "permitted": DEFAULT})
+
+
+def start(layers: Sequence[Callable[[], object]], mapped: bool = False) -> None:
+    """`true` behind these layers, from fork to its end; mapped: in a user namespace."""
+    ours, theirs = socket.socketpair()
+
+    def work() -> None:
+        if mapped:
+            user_namespace(theirs)
+        for layer in layers:
+            layer()
+        process.execute(["/bin/true"])
+
+    with ours, theirs, process.fork(work) as child:
+        if mapped:
+            ours.recv(1)
+            namespaces.write_maps(child.pid, [IDS], [IDS], setgroups="allow")
+            ours.send(b"!")
+        if child.wait(30) != (0, None):
+            raise RuntimeError("true did not end well")
+
+
+def starting(runs: int) -> list[Row]:
+    """Each layer alone, and all of them."""
+    profile = default_profile()
+    made = seccomp.Filter(profile)
+    ways: dict[str, Callable[[], object]] = {
+        "no layer": lambda: start([]),
+        "no_new_privs": lambda: start([no_new_privs]),
+        "capabilities": lambda: start([few_capabilities]),
+        "seccomp, made before": lambda: start([made.install]),
+        "seccomp, compiled too": lambda: start([lambda: seccomp.Filter(profile).install()]),
+        "user namespace": lambda: start([], mapped=True),
+        "all, filter made before": lambda: start([no_new_privs, few_capabilities, made.install], mapped=True),
+    }
+    rows = side_by_side(ways, runs)
+    show("start `true` behind a layer", rows, ["no layer"])
+    return [row._replace(who=f"{row.who}, start") for row in rows]
+
+
 def refusing(size: int, *, tested: bool) -> dict[str, Any]:
     """A profile that refuses so many other calls; with tested, getppid comes last, with a test that does not hold."""
     names = [name for number in range(130, 460) if (name := seccomp.name(number)) and name not in NEEDED]
@@ -133,7 +205,7 @@ def calling(runs: int) -> list[Row]:
 
 def measure(runs: int) -> Sequence[Row]:
     """All of it; rows in the order they were printed."""
-    return [*compiling(runs), *calling(runs)]
+    return [*starting(runs), *compiling(runs), *calling(runs)]
 
 
 if __name__ == "__main__":
