@@ -298,21 +298,22 @@ def parse(code: bytes) -> list[Instruction]:
 def trace(program: Sequence[Instruction], number: int, arguments: Sequence[int] = (), audit: int = 0) -> list[int]:
     """Run the program here for one call, as bpf(4) says: the instructions it comes by, the last one a RETURN."""
     data = struct.pack("=iIQ6Q", number, audit or AUDIT, 0, *arguments, *[0] * (6 - len(arguments)))
-    path, value = [0], 0
-    while program[path[-1]][0] != RETURN:
-        code, yes, no, k = program[path[-1]]
-        skip = 0
-        if code == LOAD:
-            value = struct.unpack_from("=I", data, k)[0]
+    words = struct.unpack("=16I", data)
+    path, at, value = [0], 0, 0
+    while (step := program[at])[0] != RETURN:
+        code, yes, no, k = step
+        if code in TESTS:
+            at += yes if TESTS[code][1](value, k) else no
+        elif code == LOAD:
+            value = words[k // 4]
+        elif code == JUMP:
+            at += k
         elif code == AND:
             value &= k
-        elif code == JUMP:
-            skip = k
-        elif code in TESTS:
-            skip = yes if TESTS[code][1](value, k) else no
         else:
-            raise BadInput(f"instruction {path[-1]}", hex(code), "is none that compilers for seccomp use")
-        path.append(path[-1] + 1 + skip)
+            raise BadInput(f"instruction {at}", hex(code), "is none that compilers for seccomp use")
+        at += 1
+        path.append(at)
     return path
 
 
@@ -426,14 +427,18 @@ def check_profile(profile: Any) -> None:
         named = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
         need(named, f"{field}.names", names, "must be a list of names")
         need(entry.get("action") in ACTIONS, f"{field}.action", entry.get("action"), "must be an action")
-        for number, test in enumerate(entry.get("args") or []):
+        tests = entry.get("args") or []
+        listed = isinstance(tests, list) and all(isinstance(test, dict) for test in tests)
+        need(listed, f"{field}.args", tests, "must be a list of objects")
+        for number, test in enumerate(tests):
             argument, op = test.get("index"), test.get("op")
             need(argument in range(6), f"{field}.args[{number}].index", argument, "must be 0 to 5")
             need(op in OPERATORS, f"{field}.args[{number}].op", op, "must be one of " + " ".join(OPERATORS))
-            value = test.get("value")
-            need(isinstance(value, int) and 0 <= value < 1 << 64, f"{field}.args[{number}].value", value,
-                 "must have 64 bits")
+            for key, value in (("value", test.get("value")), ("valueTwo", test.get("valueTwo", 0))):
+                need(isinstance(value, int) and 0 <= value < 1 << 64, f"{field}.args[{number}].{key}", value,
+                     "must have 64 bits")
         for where in ("includes", "excludes"):
+            need(isinstance(entry.get(where) or {}, dict), f"{field}.{where}", entry.get(where), "must be an object")
             for cap in (entry.get(where) or {}).get("caps") or []:
                 need(cap in capabilities.NAMES, f"{field}.{where}.caps", cap, "is no capability")
 

@@ -45,8 +45,16 @@ def test_reads_shadow_looks_at_the_file_first(cat):
     assert "がありません" in check.reads_shadow("/nothing").message
     os.chmod(cat, 0o4755)
     assert "set-user-ID ビットが立っています" in check.reads_shadow(cat).message
+    os.chmod(cat, 0o2755)
+    assert "set-group-ID ビットが立っています" in check.reads_shadow(cat).message
     os.chmod(cat, 0o700)
     assert "nobody には実行できません" in check.reads_shadow(cat).message
+
+
+def test_reads_shadow_wants_what_stands_in_it(cat):
+    shutil.copy("/usr/bin/echo", cat)
+    capabilities.write_file(cat, FileCaps(READ, 0, True))
+    assert "それでも nobody は" in check.reads_shadow(cat).message
 
 
 def test_reads_shadow_really_reads(cat):
@@ -69,6 +77,7 @@ RIGHT = {"bounding": BIND, "permitted": BIND, "inheritable": BIND, "ambient": BI
 
 @pytest.mark.parametrize(("change", "hint"), [
     ({"ambiant": BIND}, "`ambiant` という集合はありません"),
+    ({"ambient": "NET_BIND_SERVICE"}, "文字列ではなく、名前のリスト"),
     ({"ambient": ["NET_BIND"]}, "`NET_BIND` という capability はありません"),
     ({"ambient": []}, "`ambient` にありません"),
     ({"permitted": [], "inheritable": []}, "`permitted inheritable` が足りません"),
@@ -124,6 +133,7 @@ def test_foretell_hints(change, hint):
 
 def test_foretell_passes():
     assert not check.foretell(...)
+    assert "`b` の答えがありません" in check.foretell(ANSWER | {"b": ...}).message
     assert "`b e` の答えがありません" in check.foretell({key: ANSWER[key] for key in "acd"}).message
     verdict = check.foretell(ANSWER)
     assert verdict, verdict.message

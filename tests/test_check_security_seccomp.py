@@ -22,6 +22,9 @@ BOTH_HALVES = [(LOAD, 0, 0, NUMBER), (JEQ, 0, 5, KILL), (LOAD, 0, 0, SIGNAL + 4)
 
 @pytest.mark.parametrize(("program", "hint"), [
     (["return"], "四つの数のタプル"),
+    ([(JEQ, 256, 0, KILL), NO, YES], "255 までです"),
+    ([(LOAD, 0, 0, 1 << 32), YES], "四つの数のタプル"),
+    ([(LOAD, 0, 0, NUMBER), (0x04, 0, 0, 1), YES], "1 番の命令は、ここでは使いません"),
     ([], "四つの数のタプル"),
     ([(JUMP, 0, 0, 9), YES], "カーネルが受け取りません（`seccomp: Invalid argument`）"),
     ([YES], "シグナル 9 が通ります"),
@@ -48,8 +51,8 @@ def test_no_sigkill_does_not_believe_its_own_interpreter(monkeypatch):
     assert "カーネルの中での答えは [3, 2, 2]" in check.no_sigkill(NATIVE + NOT_X32 + other).message
 
 
-def entry(op, value, action="SCMP_ACT_ERRNO", **more):
-    test = {"index": 0, "op": f"SCMP_CMP_{op}", "value": value}
+def entry(op, value, action="SCMP_ACT_ERRNO", two=0, **more):
+    test = {"index": 0, "op": f"SCMP_CMP_{op}", "value": value, "valueTwo": two}
     return {"names": ["socket"], "action": action, "args": [test]} | more
 
 
@@ -65,6 +68,10 @@ def profile(*entries, default="SCMP_ACT_ALLOW"):
     (profile(entry("NE", 17, "SCMP_ACT_ALLOW"), entry("NE", 40, "SCMP_ACT_ALLOW")), "`AF_PACKET` も `AF_VSOCK` も"),
     (profile(entry("EQ", 17)), "`AF_VSOCK` がまだ `EPERM` で"),
     (profile(entry("EQ", 17, errnoRet=22), entry("EQ", 40)), "`AF_PACKET` がまだ `EPERM` で"),
+    (profile(entry("EQ", 17, errnoRet=22), entry("EQ", 40, errnoRet=22)), "`AF_PACKET AF_VSOCK` がまだ `EPERM` で"),
+    (profile(entry("EQ", 17, "SCMP_ACT_KILL_PROCESS")), "断る項目を `SCMP_ACT_ERRNO` に"),
+    (profile(entry("GE", 17)), "（18、19、20 番など）まで断って"),
+    (profile(entry("EQ", 17), entry("EQ", 40)), "上半分を捨てます"),
 ])
 def test_no_odd_sockets_says_which_family(given, hint):
     found = check.no_odd_sockets(given)
@@ -73,7 +80,8 @@ def test_no_odd_sockets_says_which_family(given, hint):
 
 
 def test_no_odd_sockets_passes():
-    assert check.no_odd_sockets(profile(entry("EQ", 17), entry("EQ", 40)))
+    low = 0xFFFFFFFF
+    assert check.no_odd_sockets(profile(entry("MASKED_EQ", low, two=17), entry("MASKED_EQ", low, two=40)))
 
 
 @pytest.fixture
@@ -82,12 +90,9 @@ def folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def name(listener, call):
-    return listener.text(call, 0).rpartition("/")[2]
-
-
 def allowed(listener, call):
-    return name(listener, call).startswith("ok-")
+    above, name = listener.text(call, 0).split("/")[-2:]
+    return name.startswith("ok-") and not above.startswith("ok-")
 
 
 def everything(listener, call):
@@ -126,11 +131,43 @@ def lying(listener, call):
     listener.reply(call, error=0 if allowed(listener, call) else errno.EACCES)
 
 
+def deep(listener, call):
+    path = listener.text(call, 0)
+    if path.rpartition("/")[2].startswith("ok-"):
+        os.mkdir(path)
+        listener.reply(call)
+    else:
+        listener.reply(call, error=errno.EACCES)
+
+
+def looking_again(listener, call):
+    if allowed(listener, call):
+        os.mkdir(listener.text(call, 0))
+        listener.reply(call)
+    else:
+        listener.reply(call, error=errno.EACCES)
+
+
+def looking_again_too_deep(listener, call):
+    if listener.text(call, 0).rpartition("/")[2].startswith("ok-"):
+        os.mkdir(listener.text(call, 0))
+        listener.reply(call)
+    else:
+        listener.reply(call, error=errno.EACCES)
+
+
+def answers_twice(listener, call):
+    listener.reply(call, error=errno.EACCES)
+    listener.reply(call, error=errno.EACCES)
+
+
 @pytest.mark.parametrize(("handler", "hint"), [
     ("proceed", "という関数を渡して"), (silent, "眠ったままです"), (everything, "`evil` ができました。名前が"),
     (wrong_errno, "`EPERM` が返りました"), (by_substring, "`ok-…/../evil` が通りました"),
     (racing, "カーネルがもう一度メモリを読みます"), (stubborn, "`ok-good` まで `EACCES` で"),
-    (lying, "`ok-good` ができていません")])
+    (lying, "`ok-good` ができていません"), (deep, "`ok-…/ok-inner` が通りました"),
+    (looking_again, "パスを 2 回読み"), (looking_again_too_deep, "パスを 2 回読み"),
+    (answers_twice, "返事は、一つの呼び出しに一度だけです")])
 def test_gatekeeper_reacts_to_the_handler(folder, handler, hint):
     found = check.gatekeeper(handler, folder)
     assert not found

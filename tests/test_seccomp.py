@@ -487,6 +487,9 @@ def test_the_architectures_are_those_below_the_native_one():
      r"syscalls\[1\].args\[0\].index: 6: must be 0 to 5"),
     ({"defaultAction": ERRNO, "syscalls": [entry("kill", args=[that(1, "ABOUT", 1)])]}, "op: 'SCMP_CMP_ABOUT'"),
     ({"defaultAction": ERRNO, "syscalls": [entry("kill", args=[that(1, "EQ", 1 << 64)])]}, "value: 184467440737"),
+    ({"defaultAction": ERRNO, "syscalls": [entry("kill", args=[that(1, "EQ", 1) | {"valueTwo": -1}])]}, "valueTwo: -1"),
+    ({"defaultAction": ERRNO, "syscalls": [entry("kill", args=that(1, "EQ", 1))]}, "args: .* must be a list"),
+    ({"defaultAction": ERRNO, "syscalls": [entry("kill", includes=["CAP_KILL"])]}, "includes: .* must be an object"),
     ({"defaultAction": ERRNO, "syscalls": [entry("kill", excludes={"caps": ["CAP_SYS_ADMNI"]})]},
      r"syscalls\[0\].excludes.caps: 'CAP_SYS_ADMNI': is no capability")])
 def test_a_broken_profile_is_refused_with_the_field_and_the_rule(broken, line):

@@ -44,7 +44,7 @@ def after(program: str, sets: Mapping[str, int], uid: int) -> dict[str, int] | s
 def _reads(program: str) -> bool:
     """Whether nobody, who has no capability, reads SHADOW with that copy of cat."""
     try:
-        return bool(process.call(_run, [program, SHADOW], {}, NOBODY))
+        return bool(process.call(_run, [program, SHADOW], {}, NOBODY) == machine.read_file(SHADOW))
     except ChildFailed:
         return False
 
@@ -55,6 +55,7 @@ def reads_shadow(path: str) -> Steps:
     yield os.path.exists(path), f"`{path}` がありません。`cat` を写すところから始めます。"
     mode = os.stat(path).st_mode
     yield not mode & stat.S_ISUID, "set-user-ID ビットが立っています。読むだけのプログラムに、root の力を丸ごと渡しています。"
+    yield not mode & stat.S_ISGID, "set-group-ID ビットが立っています。root のグループの力まで渡しています。"
     yield bool(mode & stat.S_IXOTH), "nobody には実行できません。`chmod 755` にしてください。"
     caps = capabilities.read_file(path)
     yield caps is not None, "`security.capability` が付いていません。書いたあとで中身を書き換えると、消えてしまいます。"
@@ -98,6 +99,9 @@ def for_a_script(given: Mapping[str, Sequence[str]]) -> Steps:
 
 
 def _unknown(names: Sequence[str]) -> str:
+    """A hint for what is no list of names, or names no capability; "" where there is nothing to say."""
+    if isinstance(names, str):
+        return "文字列ではなく、名前のリストにします。"
     try:
         capabilities.parse(names)
     except BadInput as error:
@@ -152,12 +156,12 @@ def _program(file: FileCaps | None) -> Iterator[str]:
 @exercise
 def foretell(answer: Mapping[str, Sequence[str] | str]) -> Steps:
     """What is effective after execve(2) in each of CASES: a list of names, or "EPERM"."""
-    missing = [key for key in CASES if key not in answer]
+    missing = [key for key in CASES if not isinstance(answer.get(key), Sequence)]
     yield not missing, f"`{' '.join(missing)}` の答えがありません。"
     for key, case in CASES.items():
         said = answer[key]
         if said != "EPERM":
-            wrong = "文字列ではなく、名前のリストにします。" if isinstance(said, str) else _unknown(said)
+            wrong = _unknown(said)
             yield not wrong, f"`{key}`: {wrong}"
         with _program(case.file) as program:
             found = after(program, case.sets, case.uid)

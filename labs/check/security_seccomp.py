@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from labs import process, seccomp, syscalls
 from labs import seccomp_notify as notify
@@ -47,16 +47,34 @@ def _raw_kill(number: int) -> int:
     return 0 if _libc.syscall(*words) == 0 else ctypes.get_errno()
 
 
+def _raw_socket(family: int) -> int:
+    """socket(2) with all 64 bits of the family; nothing is left open."""
+    words = [ctypes.c_long(word) for word in (seccomp.resolve("socket") or 0, family, socket.SOCK_DGRAM, 0)]
+    found = _libc.syscall(*words)
+    if found < 0:
+        return ctypes.get_errno()
+    os.close(found)
+    return 0
+
+
+OPCODES = (seccomp.LOAD, seccomp.AND, seccomp.JUMP, seccomp.RETURN, *seccomp.TESTS)
+LIMITS = (1 << 16, 1 << 8, 1 << 8, 1 << 32)  # the widths of struct sock_filter, <linux/filter.h>
+
+
 def _is_program(program: object) -> bool:
     return isinstance(program, Sequence) and bool(program) and all(
-        isinstance(line, tuple) and len(line) == 4 and all(isinstance(n, int) and n >= 0 for n in line)
+        isinstance(line, tuple) and len(line) == 4
+        and all(isinstance(n, int) and 0 <= n < limit for n, limit in zip(line, LIMITS, strict=True))
         for line in program)
 
 
 @exercise
 def no_sigkill(program: Sequence[seccomp.Instruction]) -> Steps:
     """A filter, by hand, that refuses signal 9 of kill(2) with EPERM and nothing else, on no way around."""
-    yield _is_program(program), "命令は `(code, jt, jf, k)` の四つ組です。四つの数のタプルを並べたリストにしてください。"
+    shape = "命令は `(code, jt, jf, k)` の四つ組です。四つの数のタプルを並べたリストにしてください（`jt` と `jf` は 255 までです）。"
+    yield _is_program(program), shape
+    odd = [at for at, (code, *_) in enumerate(program) if code not in OPCODES]
+    yield not odd, f"{'、'.join(map(str, odd))} 番の命令は、ここでは使いません。`LOAD`、`JEQ`、`JGE`、`RETURN` で書けます。"
     kill = seccomp.resolve("kill") or 0
     try:
         _behind(seccomp.assemble(program), int)
@@ -91,28 +109,49 @@ def _tried() -> dict[str, int]:
 
 @exercise
 def no_odd_sockets(profile: dict[str, Any]) -> Steps:
-    """A profile that refuses AF_PACKET and AF_VSOCK to socket(2) with EPERM, and no other family."""
+    """A profile that refuses AF_PACKET and AF_VSOCK to socket(2) with EPERM, whatever the upper half, and no other."""
     try:
-        made = seccomp.assemble(seccomp.compile_profile(seccomp.oci_profile(profile)))
+        program = seccomp.compile_profile(seccomp.oci_profile(profile))
     except BadInput as error:
         yield False, f"プロファイルを読めませんでした（`{error}`）。"
+    made = seccomp.assemble(program)
     found = _behind(made, _tried)
-    yield bool(found), "フィルターの後ろで Python が動きません。`defaultAction` を `SCMP_ACT_ALLOW` にして、断るものだけを書いてください。"
+    ended = "フィルターの後ろの子が、答える前に終わりました。`defaultAction` を `SCMP_ACT_ALLOW` に、断る項目を `SCMP_ACT_ERRNO` にしてください。"
+    yield bool(found), ended
     odd, plain = ["AF_PACKET", "AF_VSOCK"], ["AF_UNIX", "AF_INET"]
     broken = [name for name in plain if found[name]]
     yield not broken, f"`{' '.join(broken)}` のソケットまで作れません。`args` で一つ目の引数を調べてください。"
+    numbers = [FAMILIES[name] for name in odd]
+    answers = [_answer(program, family) for family in numbers]
+    yield answers != [ALLOW, ALLOW], "`AF_PACKET` も `AF_VSOCK` も断られていません。「等しくない」の項目を二つ並べると、どの値も必ず片方に当てはまります。"
     free = [name for name in odd if found[name] != errno.EPERM]
-    yield len(free) < 2, "`AF_PACKET` も `AF_VSOCK` も断られていません。「等しくない」の項目を二つ並べると、どの値も必ず片方に当てはまります。"
     yield not free, f"`{' '.join(free)}` がまだ `EPERM` で断られていません。値ごとに一つの項目を書けます。"
-    return "ふだんのソケットは通り、二つのアドレスファミリーだけが断られました。"
+    others = [family for family in range(64) if family not in numbers and _answer(program, family) != ALLOW]
+    yield not others, f"ほかのアドレスファミリー（{'、'.join(map(str, others[:3]))} 番など）まで断っています。断るのは 17 と 40 だけです。"
+    dirty = _behind(made, lambda: [_raw_socket(1 << 32 | family) for family in numbers])
+    wide = "上位 32 ビットに 1 を立てた 17 や 40 が通ります。カーネルは `int` の引数の上半分を捨てます。`SCMP_CMP_MASKED_EQ` で、下半分だけを比べられます。"
+    yield dirty == [errno.EPERM] * 2, wide
+    return "ふだんのソケットは通り、二つのアドレスファミリーだけが断られました。上半分にごみを入れても、抜けられません。"
+
+
+def _answer(program: Sequence[seccomp.Instruction], family: int) -> int:
+    """What a filter says to socket(family, SOCK_DGRAM, 0)."""
+    return seccomp.answer(program, seccomp.resolve("socket") or 0, (family, socket.SOCK_DGRAM))
 
 
 class _Cheat(notify.Listener):
-    """A listener whose caller changes the path between the look and the kernel's own reading, every time."""
+    """A listener whose caller changes the path as soon as somebody has looked at it, every time."""
 
     def __init__(self, fd: int, change: Callable[[], None]) -> None:
         super().__init__(fd)
-        self.change, self.believed, self.answered = change, False, False
+        self.change, self.believed, self.answered, self.looks = change, False, False, 0
+
+    def text(self, call: notify.Call, argument: int) -> str:
+        """The first look is the only true one."""
+        self.looks += 1
+        found = super().text(call, argument)
+        self.change()
+        return found
 
     def proceed(self, call: notify.Call) -> None:
         """The race, always lost."""
@@ -128,10 +167,19 @@ class _Cheat(notify.Listener):
 Handler = Callable[[notify.Listener, notify.Call], object]
 
 
-def _mkdir(handler: Handler, path: str, then: str) -> tuple[int, bool, bool]:
-    """mkdir(path) of a child which the handler answers: its errno, whether proceed() was called, and any answer.
+class _Answered(NamedTuple):
+    """What came of a call: the caller's errno, and what the handler did."""
 
-    The path lies in memory shared with us, and is `then` when the kernel reads it.
+    errno: int
+    believed: bool
+    answered: bool
+    looks: int
+
+
+def _mkdir(handler: Handler, path: str, then: str) -> _Answered:
+    """mkdir(path) of a child which the handler answers.
+
+    The path lies in memory shared with us, and is `then` when it is read again.
     """
     page = mmap.mmap(-1, mmap.PAGESIZE)
     word = ctypes.c_char.from_buffer(page)
@@ -151,7 +199,10 @@ def _mkdir(handler: Handler, path: str, then: str) -> tuple[int, bool, bool]:
         ended = child.wait(10).code if cheat.answered else -1
     del word
     page.close()
-    return ended or 0, cheat.believed, cheat.answered
+    return _Answered(ended or 0, cheat.believed, cheat.answered, cheat.looks)
+
+
+_AGAIN = "パスを {} 回読み、その間に書き換えられて、`evil` ができました。読むのは一度だけにして、その写しを使ってください。"
 
 
 @exercise
@@ -162,16 +213,22 @@ def gatekeeper(handler: Handler, folder: str) -> Steps:
     yield not os.path.exists(good) and not os.path.exists(evil), "`folder` に `ok-good` か `evil` がもうあります。消してからやり直してください。"
     place = tempfile.mkdtemp(prefix="ok-", dir=folder)
     try:
-        refused, _, answered = _mkdir(handler, evil, evil)
-        yield answered, "呼んだ側が眠ったままです。どの道を通っても `reply` か `proceed` を一度呼んでください。"
+        refused = _mkdir(handler, evil, evil)
+        yield refused.answered, "呼んだ側が眠ったままです。どの道を通っても `reply` か `proceed` を一度呼んでください。"
         yield not os.path.exists(evil), "`evil` ができました。名前が `ok-` で始まらないものは `reply(call, error=…)` で断ってください。"
-        yield refused == errno.EACCES, f"断られた側に `{errno.errorcode.get(refused, refused)}` が返りました。`EACCES` を返してください。"
-        gone, _, _ = _mkdir(handler, f"{place}/../evil", evil)
-        yield gone == errno.EACCES, "`ok-…/../evil` が通りました。パスの途中ではなく、`folder` の直下の名前だけを許してください。"
-        ended, believed, _ = _mkdir(handler, good, evil)
-        yield not believed, "見たあとでパスを書き換えられ、`evil` ができました。`proceed` では、カーネルがもう一度メモリを読みます。"
-        yield ended == 0, f"`ok-good` まで `{errno.errorcode.get(ended, ended)}` で断られました。"
+        code = errno.errorcode.get(refused.errno, refused.errno)
+        yield refused.errno == errno.EACCES, f"断られた側に `{code}` が返りました。`EACCES` を返してください。"
+        for way, path in {"ok-…/../evil": f"{place}/../evil", "ok-…/ok-inner": f"{place}/ok-inner"}.items():
+            gone = _mkdir(handler, path, evil)
+            yield gone.looks < 2 or not os.path.exists(evil), _AGAIN.format(gone.looks)
+            yield gone.errno == errno.EACCES, f"`{way}` が通りました。パスの途中ではなく、`folder` の直下の名前だけを許してください。"
+        ended = _mkdir(handler, good, evil)
+        yield not ended.believed, "見たあとでパスを書き換えられ、`evil` ができました。`proceed` では、カーネルがもう一度メモリを読みます。"
+        yield not os.path.exists(evil), _AGAIN.format(ended.looks)
+        yield ended.errno == 0, f"`ok-good` まで `{errno.errorcode.get(ended.errno, ended.errno)}` で断られました。"
         yield os.path.isdir(good), "成功と答えましたが、`ok-good` ができていません。代わりに作るのはあなたです。"
+    except OSError as error:
+        yield False, f"`handler` が途中で失敗しました（`{error.strerror}`）。返事は、一つの呼び出しに一度だけです。"
     finally:
         for name in (os.path.basename(place), "ok-good", "evil"):
             shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
