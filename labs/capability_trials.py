@@ -24,7 +24,7 @@ from typing import NamedTuple
 from labs import capabilities, machine, namespaces, process, syscalls
 from labs.errors import ChildFailed, KernelError
 
-Call = Callable[[], object]
+Act = Callable[[], object]
 OTHER = 1  # somebody else's uid and gid
 PLACE = machine.ROOTFS["busybox"]
 WORLD = ("mnt", "uts", "ipc", "net", "pid")
@@ -50,7 +50,7 @@ class Trial(NamedTuple):
 
     capability: str
     what: str
-    prepare: Callable[[], Call]
+    prepare: Callable[[], Act]
 
 
 def _checked(name: str, *args: object) -> int:
@@ -83,7 +83,7 @@ def _neighbour() -> int:
     return pid
 
 
-def _sets_group_bit() -> Call:
+def _sets_group_bit() -> Act:
     name = _file(0, OTHER, 0o755)
     def change() -> str | None:
         os.chmod(name, stat.S_ISGID | 0o755)  # noqa: S103  in a file system of its own
@@ -91,47 +91,47 @@ def _sets_group_bit() -> Call:
     return change
 
 
-def _locks_memory() -> Call:
+def _locks_memory() -> Act:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
     return lambda: mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_LOCKED)
 
 
-def _attaches_memory() -> Call:
+def _attaches_memory() -> Act:
     segment = _checked("shmget", IPC_PRIVATE, 4096, IPC_CREAT)  # mode 0: not even for its owner
     _libc.shmat.restype = ctypes.c_ssize_t
     return lambda: _checked("shmat", segment, None, 0)
 
 
-def _makes_immutable() -> Call:
+def _makes_immutable() -> Act:
     fd, flags = os.open(_file(), os.O_RDWR), struct.pack("l", FS_IMMUTABLE_FL)
     return lambda: fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags)
 
 
-def _asks_for_block() -> Call:
+def _asks_for_block() -> Act:
     fd = os.open(_file(), os.O_RDONLY)
     return lambda: fcntl.ioctl(fd, FIBMAP, bytes(4))
 
 
-def _binds_low_port() -> Call:
+def _binds_low_port() -> Act:
     return lambda: socket.socket().bind(("0.0.0.0", 80))  # noqa: S104  in a network of its own
 
 
-def _looks_at_neighbour() -> Call:
+def _looks_at_neighbour() -> Act:
     pid = _neighbour()
     return lambda: os.readlink(f"/proc/{pid}/cwd")
 
 
-def _signals_neighbour() -> Call:
+def _signals_neighbour() -> Act:
     pid = _neighbour()
     return lambda: os.kill(pid, 0)
 
 
-def _raises_hard_limit() -> Call:
+def _raises_hard_limit() -> Act:
     resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
     return lambda: resource.prlimit(0, resource.RLIMIT_NPROC, (200, 200))
 
 
-def _sets_tick() -> Call:
+def _sets_tick() -> Act:
     timex = ctypes.create_string_buffer(TIMEX_SIZE)
     _checked("adjtimex", timex)
     tick = timex.raw[TIMEX_TICK:TIMEX_TICK + 8]
@@ -141,17 +141,17 @@ def _sets_tick() -> Call:
     return lambda: _checked("adjtimex", ctypes.create_string_buffer(bytes(same)))
 
 
-def _hangs_up() -> Call:
+def _hangs_up() -> Act:
     os.setsid()  # no terminal of our own: nobody is hung up
     return lambda: _checked("vhangup")
 
 
-def _takes_lease() -> Call:
+def _takes_lease() -> Act:
     fd = os.open(_file(OTHER, OTHER, 0o644), os.O_RDONLY)
     return lambda: fcntl.fcntl(fd, F_SETLEASE, fcntl.F_RDLCK)
 
 
-def _writes_audit() -> Call:
+def _writes_audit() -> Act:
     request = b"labs".ljust(8, b"\0")
     message = struct.pack("=IHHII", 16 + len(request), AUDIT_USER, NLM_F_REQUEST_ACK, 1, 0) + request
     def send() -> None:
@@ -163,24 +163,24 @@ def _writes_audit() -> Call:
     return send
 
 
-def _reads_audit() -> Call:
+def _reads_audit() -> Act:
     audit = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT)
     return lambda: audit.bind((0, AUDIT_NLGRP_READLOG))
 
 
-def _sets_loginuid() -> Call:
+def _sets_loginuid() -> Act:
     def write() -> None:
         machine.write_file("/proc/self/loginuid", "0")
     write()  # the first time anybody may
     return write
 
 
-def _sets_file_caps() -> Call:
+def _sets_file_caps() -> Act:
     name = _file()
     return lambda: capabilities.write_file(name, capabilities.FileCaps(1))
 
 
-def _keeps_awake() -> Call:
+def _keeps_awake() -> Act:
     poll, pipe = select.epoll(), os.pipe()
     def register() -> str | None:
         poll.register(pipe[0], select.EPOLLIN | EPOLLWAKEUP)
@@ -189,23 +189,23 @@ def _keeps_awake() -> Call:
     return register
 
 
-def _profiles_kernel() -> Call:
+def _profiles_kernel() -> Act:
     attr = struct.pack("=IIQ", PERF_TYPE_SOFTWARE, PERF_ATTR_SIZE_VER0, 0).ljust(PERF_ATTR_SIZE_VER0, b"\0")
     return lambda: _syscall("perf_event_open", attr, -1, 0, -1, 0)
 
 
-def _makes_bpf_map() -> Call:
+def _makes_bpf_map() -> Act:
     return lambda: syscalls.bpf(BPF_MAP_CREATE, struct.pack("=5I", BPF_MAP_TYPE_QUEUE, 0, 4, 1, 0))
 
 
-def _simply(call: Call) -> Callable[[], Call]:
+def _simply(call: Act) -> Callable[[], Act]:
     """A trial without anything to prepare."""
     return lambda: call
 
 
-def _on_file(act: Callable[[str], object], owner: int = 0, mode: int = 0o600) -> Callable[[], Call]:
+def _on_file(act: Callable[[str], object], owner: int = 0, mode: int = 0o600) -> Callable[[], Act]:
     """A trial with a file of that owner."""
-    def prepare() -> Call:
+    def prepare() -> Act:
         name = _file(owner, owner, mode)
         return lambda: act(name)
     return prepare
