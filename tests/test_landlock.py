@@ -111,7 +111,7 @@ def test_restrict_leaves_only_what_was_asked_for(tmp_path):
     read, write = str(tmp_path / "in"), str(tmp_path / "out")
 
     def acts():
-        yield lambda: (tmp_path / "in/file").read_text()
+        yield (tmp_path / "in/file").read_text
         yield lambda: (tmp_path / "in/file").write_text("y")
         yield lambda: (tmp_path / "out/new").write_text("y")
         yield lambda: (tmp_path / "out/new").rename(tmp_path / "out/old")
