@@ -17,6 +17,7 @@ NAME = "labs-test"
 def profile(folder, name=NAME):
     return f"""abi <abi/4.0>,
 profile {name} flags=(attach_disconnected) {{
+  signal receive,
   /** rmix,
   capability,
   {folder}/open w,
@@ -110,6 +111,16 @@ def test_under_the_profile_from_the_next_execve_on(folder):
             apparmor.remove(NAME)
             assert apparmor.of(child.pid) == "unconfined"
             subprocess.run(["apparmor_parser", "--add", "--skip-cache"], input=profile(folder), text=True, check=True)
+
+
+def test_who_may_not_receive_signals_is_not_killed_even_by_root(folder):
+    with apparmor.load(NAME, profile(folder).replace("  signal receive,\n", "")):
+        with process.spawn(["sleep", "60"], first=lambda: apparmor.on_exec(NAME)) as child:
+            with pytest.raises(PermissionError):
+                child.kill()
+            apparmor.remove(NAME)  # which sets it free
+            assert child.stop().signal == 15
+        subprocess.run(["apparmor_parser", "--add", "--skip-cache"], input=profile(folder), text=True, check=True)
 
 
 def test_no_new_privs_does_not_stop_the_way_into_a_profile(folder):

@@ -234,15 +234,40 @@ def test_nothing_is_given_up_when_a_path_is_not_there():
     assert process.call(child) == [errno.ENOENT, "ok", 0]
 
 
-def test_an_older_kernel_is_told_apart_before_anything_is_given_up(monkeypatch):
-    monkeypatch.setattr(landlock, "abi", lambda: 3)
-    for given, name in (({"connect": [80]}, "CONNECT_TCP"), ({"scoped": ["SIGNAL"]}, "SIGNAL")):
-        with pytest.raises(BadInput, match=f"{name}': needs version . of Landlock, this kernel has 3"):
+@pytest.mark.parametrize(("version", "given", "said"), [
+    (3, {"connect": [80]}, "'CONNECT_TCP': needs version 4 of Landlock, this kernel has 3"),
+    (5, {"scoped": ["SIGNAL"]}, "'SIGNAL': needs version 6 of Landlock, this kernel has 5"),
+    (0, {"read": ["/"]}, "needs version 1 of Landlock, this kernel has 0"),
+])
+def test_an_older_kernel_is_told_apart_before_anything_is_given_up(monkeypatch, version, given, said):
+    monkeypatch.setattr(landlock, "abi", lambda: version)
+
+    def child():
+        with pytest.raises(BadInput) as caught:
             landlock.restrict(**given)
-    monkeypatch.setattr(landlock, "abi", lambda: 0)
-    with pytest.raises(BadInput, match="needs version 1 of Landlock, this kernel has 0"):
-        landlock.restrict(read=["/"])
-    assert syscalls.prctl(syscalls.PR_GET_NO_NEW_PRIVS) == 0
+        return str(caught.value).replace("LANDLOCK_ACCESS_NET_", "").replace("LANDLOCK_SCOPE_", ""), syscalls.prctl(
+            syscalls.PR_GET_NO_NEW_PRIVS), landlock.outcome(lambda: os.listdir("/"))
+
+    told, no_new_privs, listed = process.call(child)
+    assert said in told
+    assert (no_new_privs, listed) == (0, "ok")
+
+
+def test_an_older_kernel_is_asked_only_for_the_rights_it_has(monkeypatch, tmp_path):
+    monkeypatch.setattr(landlock, "abi", lambda: 1)
+    (tmp_path / "file").write_text("text")
+    truncate = lambda: os.truncate(tmp_path / "file", 0)  # noqa: E731
+    write = lambda: landlock.restrict(write=[str(tmp_path)])  # noqa: E731
+    assert tried(write, truncate, lambda: os.listdir("/")) == ["ok", "EACCES"]
+    assert tried(lambda: landlock.restrict(read=[str(tmp_path)]), truncate) == ["ok"]  # a right of version 3
+
+
+def test_what_may_be_written_may_be_moved_within(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a/file").write_text("x")
+    move = lambda: (tmp_path / "a/file").rename(tmp_path / "b/file")  # noqa: E731
+    assert tried(lambda: landlock.restrict(write=[str(tmp_path)]), move) == ["ok"]
 
 
 def test_a_kernel_without_landlock_has_version_0(monkeypatch):

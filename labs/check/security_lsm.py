@@ -123,7 +123,7 @@ def _narrower(passed: list[str], answer: Mapping[str, Any]) -> str:
 def rules(text: str, folder: str) -> Steps:
     """The rules of an AppArmor profile under which the program of workplace(folder) works, and no attack."""
     yield isinstance(text, str), "規則を並べた文字列を渡してください。"
-    profile = f"abi <abi/4.0>,\nprofile {PROFILE} flags=(attach_disconnected) {{\n{text.strip()}\n}}\n"
+    profile = f"abi <abi/4.0>,\nprofile {PROFILE} {{\n{text.strip()}\n}}\n"
     try:
         with apparmor.load(PROFILE, profile), apparmor.Log() as log:
             said, passed = _behind(lambda: apparmor.change(PROFILE), folder, _attacks(folder))
