@@ -98,7 +98,7 @@ def _parse(text: str, *options: str) -> str:
         lines, number = text.splitlines(), int(found[1])
         raise BadInput(f"profile, line {number}", "".join(lines[number - 1:number]).strip(), found[2].strip())
     complaint = done.stderr.strip().rpartition("\n")[2] or "apparmor_parser failed"
-    raise BadInput("profile", text.partition("\n")[0], complaint)
+    raise BadInput("profile", next((line for line in text.splitlines() if line.startswith("profile")), ""), complaint)
 
 
 def on_exec(name: str) -> None:

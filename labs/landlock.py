@@ -188,7 +188,8 @@ TRIALS = tuple(Trial(right, what, do) for right, what, do in (
     ("READ_DIR", "list a directory", os.listdir),
     ("REMOVE_DIR", "rmdir", lambda folder: os.rmdir(f"{folder}/empty")),
     ("REMOVE_FILE", "unlink", lambda folder: os.unlink(f"{folder}/file")),
-    ("MAKE_CHAR", "mknod c", lambda folder: os.mknod(f"{folder}/new", stat.S_IFCHR)),
+    # The device of /dev/null: one with number 0, 0 is a whiteout, which newer kernels count as a file.
+    ("MAKE_CHAR", "mknod c", lambda folder: os.mknod(f"{folder}/new", stat.S_IFCHR, os.makedev(1, 3))),
     ("MAKE_DIR", "mkdir", lambda folder: os.mkdir(f"{folder}/new")),
     ("MAKE_REG", "make a file", lambda folder: os.mknod(f"{folder}/new", stat.S_IFREG)),
     ("MAKE_SOCK", "make a socket", lambda folder: os.mknod(f"{folder}/new", stat.S_IFSOCK)),

@@ -159,6 +159,14 @@ def test_a_profile_that_does_not_parse_is_one_clear_line(body, line, value, rule
     assert NAME not in apparmor.profiles()
 
 
+def test_a_complaint_without_a_line_is_one_line_too():
+    with pytest.raises(BadInput) as caught, apparmor.load(NAME, f"profile {NAME} {{\n  @{{nonsense}}/x r,\n}}\n"):
+        pytest.fail("must not begin")
+    assert caught.value.value == f"profile {NAME} {{"
+    assert "nonsense" in caught.value.rule
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "text", "rule"), [
     ("docker-default", "profile docker-default {}", "must begin with labs-"),
     (NAME, "profile labs-other {}", "be the one that the text defines"),

@@ -80,8 +80,8 @@ def place():
 
 @pytest.mark.machine
 @pytest.mark.parametrize(("change", "hint"), [
-    (("in/orders r,", "in/orders r"), "プロファイルを読み込めません（`profile, line 6"),
-    (("in/orders r,", "in/orders q,"), "`profile, line 5: '/var/lib/labs/labs-lsm-check/in/orders q,'"),
+    (("in/orders r,", "in/orders r"), "/labs-lsm-check/out/count w,': missing an end of line character"),
+    (("in/orders r,", "in/orders q,"), "`profile, line 4: '/var/lib/labs/labs-lsm-check/in/orders q,': syntax"),
     (("  {folder}/in/orders r,\n", ""), "カーネルの記録では、`in/orders` への `r` が断られています"),
     (("  {folder}/out/count w,\n", ""), "`out/count` への `w`"),
     (("  {folder}/report r,\n", ""), "`report` への `r`"),

@@ -123,7 +123,7 @@ def _narrower(passed: list[str], answer: Mapping[str, Any]) -> str:
 def rules(text: str, folder: str) -> Steps:
     """The rules of an AppArmor profile under which the program of workplace(folder) works, and no attack."""
     yield isinstance(text, str), "規則を並べた文字列を渡してください。"
-    profile = f"abi <abi/4.0>,\nprofile {PROFILE} {{\n{text.strip()}\n}}\n"
+    profile = f"abi <abi/4.0>,\ninclude <tunables/global>\nprofile {PROFILE} {{\n{text.strip()}\n}}\n"
     try:
         with apparmor.load(PROFILE, profile), apparmor.Log() as log:
             said, passed = _behind(lambda: apparmor.change(PROFILE), folder, _attacks(folder))
@@ -139,8 +139,8 @@ def rules(text: str, folder: str) -> Steps:
 
 
 def _renumbered(message: str) -> str:
-    """Line 3 of the profile is line 1 of the rules: two lines stand before them."""
-    return re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) - 2}", message, count=1)
+    """Line 4 of the profile is line 1 of the rules: three lines stand before them."""
+    return re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) - 3}", message, count=1)
 
 
 @exercise
