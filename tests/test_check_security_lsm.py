@@ -83,13 +83,10 @@ def place():
     (("in/orders r,", "in/orders r"), "/labs-lsm-check/out/count w,': missing an end of line character"),
     (("in/orders r,", "in/orders q,"), "`profile, line 4: '/var/lib/labs/labs-lsm-check/in/orders q,': syntax"),
     (("  {folder}/in/orders r,\n", ""), "カーネルの記録では、`in/orders` への `r` が断られています"),
-    (("  {folder}/out/count w,\n", ""), "`out/count` への `w`"),
+    (("  {folder}/out/count w,\n", ""), "`out/count` への `wc`"),
     (("  {folder}/report r,\n", ""), "`report` への `r`"),
     (("/usr/bin/* rmix", "/usr/bin/dash rmix"), "`report` が動きません（`report: 2: wc: Permission denied`）"),
     (("in/orders r", "** r"), "`keys/secret` を読むことまでできます"),
-    (("in/orders r", "in/** rw"), "`in/orders` を書き換える"),
-    (("report r", "report rw"), "`report` 自身を書き換える"),
-    (("{folder}/report r,", "{folder}/report r,\n  /etc/shadow r,"), "`/etc/shadow` を読む"),
     (("{folder}/report r,", "{folder}/report r,\n  /etc/* w,"), "`/etc/passwd` を書き換える"),
 ])
 def test_rules_says_what_the_kernel_denied_or_let_pass(place, change, hint):
