@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from labs import cgroup, engine, machine, mounts, namespaces, process, syscalls
+from labs import apparmor, cgroup, engine, machine, mounts, namespaces, process, syscalls
 from labs.errors import KernelError, LabError, Timeout
 
 ENGINES = ("docker", "podman")
@@ -60,6 +60,7 @@ class Snapshot(NamedTuple):
     cgroups: frozenset[str]
     processes: frozenset[str]
     files: frozenset[str]
+    profiles: frozenset[str]
     nft: frozenset[str]
     engines: frozenset[str]
 
@@ -83,6 +84,7 @@ def snapshot(full: bool = False) -> Snapshot:
         frozenset(f"cgroup {path}" for path in _cgroups()),
         frozenset(f"process {name} ({_service(pid) or pid})" for pid, name in running.items()),
         frozenset(f"file {path}" for path in _files()),
+        frozenset(f"apparmor {name}" for name in _profiles()),
         frozenset(_nft() if full else ()),
         frozenset(_engines() if full else ()))
 
@@ -166,6 +168,11 @@ def _files() -> Iterator[str]:
     yield from (f"{TMP}/{name}" for name in os.listdir(TMP) if not name.startswith(CHURN_FILES))
 
 
+def _profiles() -> list[str]:
+    """AppArmor profiles of labs: those of Docker and Podman are loaded at a first use, and stay."""
+    return [name for name in apparmor.profiles() if name.startswith(machine.PREFIX)]
+
+
 def _lines(*command: str) -> list[str]:
     """What a command prints, line by line; nothing where it is not installed or cannot answer."""
     if shutil.which(command[0]) is None:
@@ -246,10 +253,11 @@ def clean(engines: bool = True) -> list[str]:
     """Remove every trace of labs and say what was removed; may be called at any time, and twice.
 
     Processes first, then what they held: cgroups, mounts, network namespaces and links, nft tables,
-    files; with engines also the containers, networks and volumes named labs-… of Docker and Podman.
+    AppArmor profiles, files; with engines also the containers, networks and volumes named labs-… of Docker and Podman.
     """
     machine.require()
-    done = [*_kill_processes(), *_remove_cgroups(), *_unmount(), *_remove_network(), *_remove_files()]
+    done = [*_kill_processes(), *_remove_cgroups(), *_unmount(), *_remove_network(), *_remove_profiles(),
+            *_remove_files()]
     return done + list(_remove_from_engines()) if engines else done
 
 
@@ -303,6 +311,13 @@ def _remove_network() -> Iterator[str]:
         if name.startswith(machine.PREFIX):
             _lines("nft", "delete", "table", family, name)
             yield f"nft {family} {name}"
+
+
+def _remove_profiles() -> Iterator[str]:
+    for name in _profiles():
+        if "//" not in name:  # one inside another goes with it
+            apparmor.remove(name)
+        yield f"apparmor {name}"
 
 
 def _remove_files() -> Iterator[str]:

@@ -51,6 +51,9 @@ SECCOMP_SET_MODE_FILTER = 1
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_SECCOMP_GET_FILTER = 17, 0x4206, 0x4207, 0x420C
 # <linux/keyctl.h>
 KEYCTL_JOIN_SESSION_KEYRING = 1
+# <linux/landlock.h>
+LANDLOCK_CREATE_RULESET_VERSION = 0x1
+LANDLOCK_RULE_PATH_BENEATH, LANDLOCK_RULE_NET_PORT = 1, 2
 # <linux/bpf.h>
 BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
 BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE = 15, 6
@@ -62,7 +65,8 @@ _NUMBERS = {
 }
 MACHINE = os.uname().machine
 _COMMON = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
-           "openat2": 437, "mount_setattr": 442, "quotactl_fd": 443}
+           "openat2": 437, "mount_setattr": 442, "quotactl_fd": 443,
+           "landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446}
 
 # PyDLL keeps the interpreter's lock during a call: no other thread runs between a call and its errno.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -262,6 +266,24 @@ def seccomp(program: bytes, flags: int = 0) -> int:
     code = ctypes.create_string_buffer(program, len(program))
     fprog = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
     return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
+
+
+def landlock_create_ruleset(attr: bytes | None, flags: int = 0) -> int:
+    """landlock_create_ruleset(2): a descriptor of an empty ruleset, attr is a packed struct landlock_ruleset_attr.
+
+    With LANDLOCK_CREATE_RULESET_VERSION, and no attr: the version of the ABI instead.
+    """
+    return _syscall("landlock_create_ruleset", attr, ctypes.c_size_t(len(attr or b"")), flags)
+
+
+def landlock_add_rule(ruleset: int, rule: int, attr: bytes, path: Path | None = None) -> None:
+    """landlock_add_rule(2): attr is the packed struct of that LANDLOCK_RULE_*; path is only for the error."""
+    _syscall("landlock_add_rule", ruleset, rule, attr, 0, path=path)
+
+
+def landlock_restrict_self(ruleset: int) -> None:
+    """landlock_restrict_self(2): the calling thread, and all that it starts, obey the ruleset from now on."""
+    _syscall("landlock_restrict_self", ruleset, 0)
 
 
 # push rbx; eax, ebx, ecx = edi, esi, edx; int 0x80; pop rbx; sign-extend; ret
