@@ -176,22 +176,22 @@ def _mounts(fstype: str, source: str = "none", data: str | None = None) -> Calla
     return _simply(lambda: syscalls.mount(source, "mnt", fstype, data=data))
 
 
-INITIAL, SELF, FILE = "initial userns", "own userns", "file's owner"
+INITIAL, SELF, FILE, MAP = "initial userns", "own userns", "file's owner", "the map"
 # The trials of labs.capability_trials that need nothing but themselves.
 ASKED = {"SYS_CHROOT": SELF, "SETUID": SELF, "NET_RAW": "owner of net", "NET_ADMIN": "owner of net",
          "NET_BIND_SERVICE": "owner of net", "SYS_BOOT": "owner of pid", "MKNOD": INITIAL, "SYS_MODULE": INITIAL,
          "SYS_TIME": INITIAL, "SYS_RESOURCE": INITIAL, "SYSLOG": INITIAL, "SYS_NICE": INITIAL}
-TRIALS = [Trial(trial.what, ASKED[trial.capability[4:]], trial.prepare)
-          for trial in capability_trials.TRIALS if trial.capability[4:] in ASKED] + [
+_TRIALS = [Trial(trial.what, ASKED[trial.capability[4:]], trial.prepare)
+           for trial in capability_trials.TRIALS if trial.capability[4:] in ASKED] + [
     Trial(what, asks, prepare) for what, asks, prepare in (
-        ("setuid to an unmapped id", "the map", _simply(lambda: os.setuid(UNMAPPED))),
+        ("setuid to an unmapped id", MAP, _simply(lambda: os.setuid(UNMAPPED))),
         ("chown own file to a mapped id", FILE, _simply(lambda: os.chown("mine", 1, 1))),
-        ("chown own file to an unmapped id", "the map", _simply(lambda: os.chown("mine", UNMAPPED, -1))),
+        ("chown own file to an unmapped id", MAP, _simply(lambda: os.chown("mine", UNMAPPED, -1))),
         ("chmod a file of the host's root", FILE, _simply(lambda: os.chmod("roots", 0o644))),
         ("read a file of the host's root", FILE, _simply(lambda: os.open("roots", os.O_RDONLY))),
-        ("look into a process of one's own uid", "process's userns",
+        ("look into own uid's process", "process's userns",
          _simply(lambda: os.readlink(f"/proc/{_neighbour()}/cwd"))),
-        ("signal a process of one's own uid", "its uid", _simply(lambda: os.kill(_neighbour(), 0))),
+        ("signal own uid's process", "its uid", _simply(lambda: os.kill(_neighbour(), 0))),
         ("sethostname", "owner of uts", _simply(lambda: syscalls.sethostname(os.uname().nodename))),
         ("write net.ipv4.ip_default_ttl", "owner of net", _rewrites("net/ipv4/ip_default_ttl")),
         ("write kernel.panic", FILE, _rewrites("kernel/panic")),
@@ -200,6 +200,9 @@ TRIALS = [Trial(trial.what, ASKED[trial.capability[4:]], trial.prepare)
         ("mount proc", "owner of mnt", _mounts("proc")),
         ("mount ext4", INITIAL, _mounts("ext4", "/dev/null")),
     )]
+_ORDER = (SELF, "owner of uts", "owner of mnt", "owner of net", "owner of pid", FILE, MAP, "process's userns",
+          "its uid", INITIAL)
+TRIALS = sorted(_TRIALS, key=lambda trial: _ORDER.index(trial.asks))
 
 
 def attempt(prepare: Callable[[], Call], pid: int | None = None, kinds: Sequence[str] = ()) -> str:
@@ -296,7 +299,8 @@ def setting(name: str, value: str) -> Iterator[None]:
 def remapping_dockerd(user: str) -> Iterator[str]:
     """A second Docker daemon, with --userns-remap, during the block; gives the address for `docker --host`.
 
-    It lies in a network namespace of its own: with --bridge=none it would take the first daemon's docker0 away.
+    It lies in a network namespace of its own, for with --bridge=none it would take the first daemon's docker0 away, and
+    in a mount namespace, with which all it has mounted goes.
     """
     machine.require()
     name = machine.new_name("dockerd")
@@ -317,7 +321,7 @@ def remapping_dockerd(user: str) -> Iterator[str]:
         machine.remove_tree(state)
 
 
-DOCKERD = ["unshare", "--net", "dockerd", "--config-file=/dev/null", "--bridge=none", "--iptables=false",
+DOCKERD = ["unshare", "--net", "--mount", "dockerd", "--config-file=/dev/null", "--bridge=none", "--iptables=false",
            "--ip6tables=false", "--ip-forward=false"]
 
 

@@ -40,7 +40,7 @@ RIGHT = {"kinds": ["mnt", "uts"], "uid_map": [(0, 1000, 1), (33, 100_000, 1)]}
     ({"kinds": ["uts"]}, "`mount tmpfs` が `EPERM` になりました。マウントの表の持ち主"),
     ({"kinds": ["mnt"]}, "`sethostname` が `EPERM` になりました"),
     ({"kinds": ["mnt", "uts", "net"]}, "`raw socket` が `ok` になりました。ネットワークまで"),
-    ({"kinds": ["mnt", "uts", "pid"]}, "`signal a process of one's own uid` が `ESRCH`"),
+    ({"kinds": ["mnt", "uts", "pid"]}, "`signal own uid's process` が `ESRCH`"),
     ({"kinds": ["mnt", "uts", "ipc"]}, "願いに要らない namespace があります（`ipc`）"),
     ({"uid_map": [(0, 1000)]}, "三つの整数の組です"),
     ({"uid_map": [(0, 100_000, 1)]}, "中の 0 番を `learner`"),

@@ -194,8 +194,8 @@ ANSWERS = {
     "chown own file to a mapped id": ("EPERM", "ok", "ok"),
     "chown own file to an unmapped id": ("EPERM", "EINVAL", "EINVAL"),
     "setuid to an unmapped id": ("EPERM", "EINVAL", "EINVAL"),
-    "look into a process of one's own uid": ("ok", "EACCES", "EACCES"),
-    "signal a process of one's own uid": ("ok", "ok", "ESRCH"),
+    "look into own uid's process": ("ok", "EACCES", "EACCES"),
+    "signal own uid's process": ("ok", "ok", "ESRCH"),
 }
 MODULE = "init_module, no module"
 

@@ -74,7 +74,7 @@ WISH = {
     "mount tmpfs": ("ok", "マウントの表の持ち主が、まだ最初の user namespace です。"),
     "sethostname": ("ok", "ホスト名を持つ namespace の持ち主が、まだ最初の user namespace です。"),
     "raw socket": ("EPERM", "ネットワークまで自分のものになっています。ホストのものを使い続けるには、分けません。"),
-    "signal a process of one's own uid": ("ok", "ホストのプロセスが見えなくなっています。PID まで分けています。"),
+    "signal own uid's process": ("ok", "ホストのプロセスが見えなくなっています。PID まで分けています。"),
 }
 
 
