@@ -299,8 +299,8 @@ def setting(name: str, value: str) -> Iterator[None]:
 def remapping_dockerd(user: str) -> Iterator[str]:
     """A second Docker daemon, with --userns-remap, during the block; gives the address for `docker --host`.
 
-    It lies in a network namespace of its own, for with --bridge=none it would take the first daemon's docker0 away, and
-    in a mount namespace, with which all it has mounted goes.
+    It lies in a network namespace of its own: with --bridge=none it would take the first daemon's docker0 away.
+    Where containerd runs already, both use it, each in a namespace (containerd's word) of its own.
     """
     machine.require()
     name = machine.new_name("dockerd")
@@ -317,11 +317,14 @@ def remapping_dockerd(user: str) -> Iterator[str]:
             finally:
                 child.stop(grace=60)
     finally:
+        for row in mounts.table():
+            if row.target.startswith(f"{data}/"):
+                syscalls.umount2(row.target, syscalls.MNT_DETACH)
         machine.remove_tree(data)
         machine.remove_tree(state)
 
 
-DOCKERD = ["unshare", "--net", "--mount", "dockerd", "--config-file=/dev/null", "--bridge=none", "--iptables=false",
+DOCKERD = ["unshare", "--net", "dockerd", "--config-file=/dev/null", "--bridge=none", "--iptables=false",
            "--ip6tables=false", "--ip-forward=false"]
 
 
