@@ -146,7 +146,7 @@ def _made_by(userns: int) -> int:
     return int(struct.unpack("=I", word)[0])
 
 
-Call = Callable[[], object]
+Prepare = Callable[[], Callable[[], object]]
 UNMAPPED = 4_000_000  # in no map of this book
 
 
@@ -155,10 +155,10 @@ class Trial(NamedTuple):
 
     what: str
     asks: str
-    prepare: Callable[[], Call]
+    prepare: Callable[[], Callable[[], object]]
 
 
-def _simply(call: Call) -> Callable[[], Call]:
+def _simply(call: Callable[[], object]) -> Prepare:
     return lambda: call
 
 
@@ -166,13 +166,13 @@ def _neighbour() -> int:
     return int(machine.read_file("neighbour"))
 
 
-def _rewrites(name: str) -> Callable[[], Call]:
+def _rewrites(name: str) -> Prepare:
     """Write to a file of /proc/sys what stands in it."""
     path = f"/proc/sys/{name}"
     return _simply(lambda: machine.write_file(path, machine.read_file(path)))
 
 
-def _mounts(fstype: str, source: str = "none", data: str | None = None) -> Callable[[], Call]:
+def _mounts(fstype: str, source: str = "none", data: str | None = None) -> Prepare:
     return _simply(lambda: syscalls.mount(source, "mnt", fstype, data=data))
 
 
@@ -205,7 +205,7 @@ _ORDER = (SELF, "owner of uts", "owner of mnt", "owner of net", "owner of pid", 
 TRIALS = sorted(_TRIALS, key=lambda trial: _ORDER.index(trial.asks))
 
 
-def attempt(prepare: Callable[[], Call], pid: int | None = None, kinds: Sequence[str] = ()) -> str:
+def attempt(prepare: Callable[[], Callable[[], object]], pid: int | None = None, kinds: Sequence[str] = ()) -> str:
     """What a trial comes to: "ok", or the name of an errno.
 
     prepare: the trial's.  pid: try as root of that process's user namespace; without, as learner, who has none.
@@ -235,7 +235,7 @@ def _scene() -> Iterator[str]:
             machine.remove_tree(folder)
 
 
-def _attempt(prepare: Callable[[], Call], folder: str, pid: int | None, kinds: Sequence[str]) -> str:
+def _attempt(prepare: Prepare, folder: str, pid: int | None, kinds: Sequence[str]) -> str:
     os.chdir(folder)
     if pid is None:
         become(LEARNER, LEARNER)
@@ -256,7 +256,7 @@ def enter(pid: int) -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
 
 
-def _outcome(prepare: Callable[[], Call]) -> str:
+def _outcome(prepare: Prepare) -> str:
     try:
         lost = prepare()()
     except (OSError, ChildFailed) as error:
@@ -274,7 +274,7 @@ def in_vain(pid: int) -> dict[str, str]:
 
     The trials are those of labs.capability_trials, in new namespaces that the user namespace owns.
     """
-    def with_proc(prepare: Callable[[], Call]) -> Call:
+    def with_proc(prepare: Prepare) -> Callable[[], object]:
         syscalls.mount("proc", "/proc", "proc")
         return prepare()
     answers = {trial.capability: attempt(partial(with_proc, trial.prepare), pid, OWN)
