@@ -1,0 +1,123 @@
+"""The exercises of 06-security/05-defence-in-depth: each wrong answer gives its hint, the solution passes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from labs import mounts, security
+from labs.check import security_defence as check
+from labs.security import LAYERS, OPEN
+
+HARD = ["--user=1000:1000", "--security-opt=no-new-privileges", "--pids-limit=64"]
+
+
+@pytest.fixture(scope="module")
+def stage():
+    with security.stage([*check.TOGETHER]) as made:
+        yield made
+
+
+def matrix():
+    """As it is measured in the lab machine, of the attacks that the exercise names."""
+    bare = dict.fromkeys(check.TOGETHER, OPEN)
+    stops = {"user namespace": ["leaked fd", "ptrace"], "capabilities": ["ptrace"], "seccomp": ["ptrace"],
+             "LSM": ["ptrace"], "cgroup": ["fork bomb"], "non-root": ["leaked fd", "ptrace"]}
+    alone = {layer: bare | dict.fromkeys(stops.get(layer, []), "EPERM") for layer in LAYERS}
+    return security.Matrix(bare, dict.fromkeys(bare, "EPERM"), alone, {})
+
+
+def test_the_fewest_layers():
+    assert check.fewest(matrix(), check.TOGETHER) == 2
+    assert check.fewest(matrix(), ["ptrace"]) == 1
+    assert check.fewest(matrix(), []) == 0
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize(("layers", "hint"), [
+    ("cgroup", "層の名前を並べたリスト"),
+    (["tinfoil"], "`tinfoil` という層はありません"),
+    (["capabilities", "cgroup"], "`leaked fd` がまだ通ります"),
+    (["non-root"], "`fork bomb` がまだ通ります"),
+    (["non-root", "cgroup", "seccomp"], "3 層も使っています"),
+])
+def test_smallest_says_what_is_wrong(stage, layers, hint):
+    found = check.smallest(stage, matrix(), layers)
+    assert not found
+    assert hint in found.message
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("layers", [["non-root", "cgroup"], ["cgroup", "user namespace"]])
+def test_smallest_passes(stage, layers):
+    assert check.smallest(stage, matrix(), layers)
+
+
+def test_smallest_sees_that_the_app_is_broken(stage, monkeypatch):
+    monkeypatch.setattr(check, "TOGETHER", [])
+    monkeypatch.setitem(LAYERS, "network policy", lambda: {"annotations": {security.POLICY: "tcp dport 1"}})
+    found = check.smallest(stage, matrix(), ["network policy"])
+    assert "アプリも `ETIMEDOUT` で" in found.message
+
+
+@pytest.mark.parametrize(("flags", "hint"), [
+    ("--read-only", "オプションを一つずつの文字列"),
+    (["--user", "1000"], "オプションを一つずつの文字列"),
+    (["--privileged"], "層をまとめて外す"),
+])
+def test_hardened_reads_its_options(stage, flags, hint):
+    assert hint in check.hardened(stage, flags).message
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize(("flags", "hint"), [
+    (["--no-such"], "`unknown flag: --no-such`"),
+    ([], "`ARP spoof` が通りました。CAP_NET_RAW"),
+    (["--cap-drop=ALL"], "`docker.sock` が通りました。ソケットの持ち主"),
+    (HARD[:1], "`setuid program` が通りました。`exec` で"),
+    (HARD[:2], "`fork bomb` が通りました。cgroup"),
+])
+def test_hardened_says_what_gets_through(stage, flags, hint):
+    found = check.hardened(stage, flags)
+    assert not found
+    assert hint in found.message
+
+
+@pytest.mark.machine
+def test_hardened_passes(stage):
+    assert check.hardened(stage, HARD)
+
+
+def test_hardened_sees_that_the_app_is_broken(stage, monkeypatch):
+    found = dict.fromkeys(check.FLAGS_AGAINST, "EPERM") | {"app": "EACCES"}
+    monkeypatch.setattr(security.Stage, "engine", lambda *_, **__: found)
+    assert "アプリも `EACCES` で" in check.hardened(stage, []).message
+
+
+def naive(folder):
+    return Path(folder, "logs/report").read_text()
+
+
+def only_the_last(folder):
+    path = Path(folder, "logs/report")
+    return "" if path.is_symlink() else path.read_text()
+
+
+@pytest.mark.parametrize(("reader", "hint"), [
+    ("logs/report", "という関数を渡して"),
+    (lambda _: "", "ふつうの報告が読めません"),
+    (naive, "外へのリンクに替えられ"),
+    (only_the_last, "途中の `logs` がリンクでした"),
+])
+def test_careful_reader_says_how_it_was_led_astray(reader, hint):
+    found = check.careful_reader(reader)
+    assert not found
+    assert hint in found.message
+
+
+def test_careful_reader_passes():
+    def reader(folder):
+        with open(mounts.beneath(folder, "logs/report", os.O_RDONLY)) as file:
+            return file.read()
+    assert check.careful_reader(reader)
+    assert not [name for name in os.listdir("/var/tmp") if name.startswith("labs-reader-")]
