@@ -13,7 +13,7 @@ from labs.check import Steps, exercise
 from labs.errors import BadInput, ChildFailed
 from labs.security import LAYERS, OPEN, Matrix, Stage
 
-TOGETHER = ["leaked fd", "ptrace", "fork bomb"]
+TOGETHER = ["leaked fd", "ptrace", "setuid program"]
 FLAGS_AGAINST = ["ARP spoof", "docker.sock", "setuid program", "fork bomb"]
 
 
