@@ -194,12 +194,13 @@ class Stage:
     Attributes:
         folder: on the host: root/ (the root file system), stage/ (what the container sees as /stage), secret.
         token: 32 letters and digits, the content of every secret.
+        runtime: what makes a container of config.json, labs-runtime or any other OCI runtime.
     """
 
     def __init__(self, folder: str, home: Netns, disk: disks.Disk, tried: Sequence[str]) -> None:
         self.folder, self.home, self.disk, self.tried = folder, home, disk, tried
         self.name, self.bundle = os.path.basename(folder), f"{folder}/bundle"
-        self.token = os.urandom(16).hex()
+        self.token, self.runtime = os.urandom(16).hex(), RUNTIME
         self.stage, self.volume, self.secret = f"{folder}/stage", f"{folder}/stage/volume", f"{folder}/secret"
         self.log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.uevents = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_KOBJECT_UEVENT)
@@ -285,15 +286,15 @@ class Stage:
             machine.remove_tree(self.bundle)
 
     def _runtime(self, verb: str, *words: str) -> None:
-        """One command of labs-runtime; what it says becomes the error."""
+        """One command of the runtime; what it says becomes the error."""
         with open(f"{self.bundle}/log", "w+", encoding="utf-8") as log:
-            line = [RUNTIME, f"--root={self.bundle}/state", verb, *words]
+            line = [self.runtime, f"--root={self.bundle}/state", verb, *words]
             done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
             log.seek(0)
             said = log.read().strip().splitlines()
         if done.returncode:
-            why = said[-1].removeprefix("labs-runtime: ") if said else "failed"
-            raise ChildFailed(f"labs-runtime {verb}", detail=why)
+            name = os.path.basename(self.runtime)
+            raise ChildFailed(f"{name} {verb}", detail=said[-1].removeprefix(f"{name}: ") if said else "failed")
 
     @contextmanager
     def _accepted(self, alive: Callable[[], bool]) -> Iterator[socket.socket]:

@@ -50,6 +50,13 @@ def test_what_a_layer_stops_alone(stage, layer):
     assert {name: why for name, why in found.items() if why != OPEN} == ALONE[layer]
 
 
+@pytest.mark.parametrize("layers", [[], ["user namespace", "paths"], [*ALONE, "paths"]])
+def test_another_runtime_makes_the_same_of_config_json(stage, monkeypatch, layers):
+    ours = stage.measure(layers)
+    monkeypatch.setattr(stage, "runtime", "crun")
+    assert stage.measure(layers) == ours
+
+
 def test_two_containers_one_after_the_other_know_nothing_of_each_other(stage):
     first = stage.measure(["no_new_privs"], ["setuid program", "symlink in volume"])
     second = stage.measure([], ["setuid program"])
