@@ -390,9 +390,9 @@ class Stage:
 
 
 def _soon(look: Callable[[], bool]) -> bool:
-    """Whether it is so within a second: what the attack did may take its time to arrive."""
+    """Whether it is so within some seconds: what the attack did may take its time to arrive."""
     with suppress(Timeout):
-        return process.until(look, 1)
+        return process.until(look, 5)
     return False
 
 
