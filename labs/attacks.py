@@ -26,37 +26,17 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 from labs import machine, process, syscalls
+from labs.capability_trials import sets_tick, system_call
 from labs.errors import ChildFailed, KernelError
 
 Plan: TypeAlias = dict[str, Any]
 STAGE = "/stage"
 MARK = b"labs-secret:"
 WIRE = "wire0"
-# <asm/unistd_64.h> for x86-64, <asm-generic/unistd.h> for aarch64.
-NUMBERS = {"x86_64": {"init_module": 175, "add_key": 248, "keyctl": 250},
-           "aarch64": {"init_module": 105, "add_key": 217, "keyctl": 219}}
 # <linux/keyctl.h>
 SESSION_KEYRING, USER_KEYRING = -3, -4
 KEYCTL_LINK, KEYCTL_SEARCH, KEYCTL_READ, KEYCTL_INVALIDATE = 8, 10, 11, 21
-ADJ_TICK, TIMEX_SIZE, TIMEX_TICK = 0x4000, 208, 88  # <linux/timex.h>: struct timex, and where its tick stands
 ETH_P_ARP, ARPHRD_ETHER, ETH_P_IP, ARPOP_REPLY = 0x0806, 1, 0x0800, 2  # <linux/if_ether.h>, if_arp.h
-
-_libc = ctypes.PyDLL(None, use_errno=True)
-
-
-def _call(function: str, *args: object) -> int:
-    """A function of the C library that Python lacks; -1 becomes a KernelError."""
-    result = int(getattr(_libc, function)(*args))
-    if result == -1:
-        raise KernelError(function, ctypes.get_errno())
-    return result
-
-
-def system_call(name: str, *args: object) -> int:
-    """syscall(2) by a name in NUMBERS: integers are passed as C longs, the rest as they are."""
-    longs = (ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args)
-    return _call("syscall", ctypes.c_long(NUMBERS[syscalls.MACHINE][name]), *longs)
-
 
 def _read(path: str, folder: int | None = None) -> str:
     fd = os.open(path, os.O_RDONLY, dir_fd=folder)
@@ -236,12 +216,7 @@ def keyring(plan: Plan) -> str:
 
 def clock(plan: Plan) -> str:
     """Set the length of the clock's tick to what it is: adjtimex(2)."""
-    timex = ctypes.create_string_buffer(TIMEX_SIZE)
-    _call("adjtimex", timex)
-    same = bytearray(TIMEX_SIZE)
-    struct.pack_into("I", same, 0, ADJ_TICK)
-    same[TIMEX_TICK:TIMEX_TICK + 8] = timex.raw[TIMEX_TICK:TIMEX_TICK + 8]
-    _call("adjtimex", ctypes.create_string_buffer(bytes(same)))
+    sets_tick()()
     return "set"
 
 

@@ -30,8 +30,9 @@ PLACE = machine.ROOTFS["busybox"]
 WORLD = ("mnt", "uts", "ipc", "net", "pid")
 
 # <asm/unistd_64.h> for x86-64, <asm-generic/unistd.h> for aarch64.
-NUMBERS = {"x86_64": {"init_module": 175, "reboot": 169, "perf_event_open": 298},
-           "aarch64": {"init_module": 105, "reboot": 142, "perf_event_open": 241}}
+NUMBERS = {"x86_64": {"init_module": 175, "reboot": 169, "perf_event_open": 298,
+                      "add_key": 248, "keyctl": 250},
+           "aarch64": {"init_module": 105, "reboot": 142, "perf_event_open": 241, "add_key": 217, "keyctl": 219}}
 F_SETLEASE, MAP_LOCKED, EPOLLWAKEUP = 1024, 0x2000, 1 << 29  # <asm-generic/fcntl.h>, mman.h, <linux/eventpoll.h>
 FIBMAP, FS_IOC_SETFLAGS, FS_IMMUTABLE_FL = 1, 0x40086602, 0x10  # <linux/fs.h>
 IPC_PRIVATE, IPC_CREAT = 0, 0o1000  # <linux/ipc.h>
@@ -53,7 +54,7 @@ class Trial(NamedTuple):
     prepare: Callable[[], Act]
 
 
-def _checked(name: str, *args: object) -> int:
+def checked(name: str, *args: object) -> int:
     """A function of the C library that Python lacks; -1 becomes a KernelError."""
     result = int(getattr(_libc, name)(*args))
     if result == -1:
@@ -61,9 +62,10 @@ def _checked(name: str, *args: object) -> int:
     return result
 
 
-def _syscall(name: str, *args: object) -> int:
-    return _checked("syscall", *(ctypes.c_long(arg) if isinstance(arg, int) else arg
-                                 for arg in (NUMBERS[syscalls.MACHINE][name], *args)))
+def system_call(name: str, *args: object) -> int:
+    """syscall(2) by a name in NUMBERS: integers are passed as C longs, the rest as they are."""
+    return checked("syscall", *(ctypes.c_long(arg) if isinstance(arg, int) else arg
+                                for arg in (NUMBERS[syscalls.MACHINE][name], *args)))
 
 
 def _file(owner: int = 0, group: int = 0, mode: int = 0o600) -> str:
@@ -97,9 +99,9 @@ def _locks_memory() -> Act:
 
 
 def _attaches_memory() -> Act:
-    segment = _checked("shmget", IPC_PRIVATE, 4096, IPC_CREAT)  # mode 0: not even for its owner
+    segment = checked("shmget", IPC_PRIVATE, 4096, IPC_CREAT)  # mode 0: not even for its owner
     _libc.shmat.restype = ctypes.c_ssize_t
-    return lambda: _checked("shmat", segment, None, 0)
+    return lambda: checked("shmat", segment, None, 0)
 
 
 def _makes_immutable() -> Act:
@@ -131,19 +133,20 @@ def _raises_hard_limit() -> Act:
     return lambda: resource.prlimit(0, resource.RLIMIT_NPROC, (200, 200))
 
 
-def _sets_tick() -> Act:
+def sets_tick() -> Act:
+    """The length of the clock's tick, set to what it is: adjtimex(2)."""
     timex = ctypes.create_string_buffer(TIMEX_SIZE)
-    _checked("adjtimex", timex)
+    checked("adjtimex", timex)
     tick = timex.raw[TIMEX_TICK:TIMEX_TICK + 8]
     same = bytearray(TIMEX_SIZE)
     struct.pack_into("I", same, 0, ADJ_TICK)
     same[TIMEX_TICK:TIMEX_TICK + 8] = tick
-    return lambda: _checked("adjtimex", ctypes.create_string_buffer(bytes(same)))
+    return lambda: checked("adjtimex", ctypes.create_string_buffer(bytes(same)))
 
 
 def _hangs_up() -> Act:
     os.setsid()  # no terminal of our own: nobody is hung up
-    return lambda: _checked("vhangup")
+    return lambda: checked("vhangup")
 
 
 def _takes_lease() -> Act:
@@ -191,7 +194,7 @@ def _keeps_awake() -> Act:
 
 def _profiles_kernel() -> Act:
     attr = struct.pack("=IIQ", PERF_TYPE_SOFTWARE, PERF_ATTR_SIZE_VER0, 0).ljust(PERF_ATTR_SIZE_VER0, b"\0")
-    return lambda: _syscall("perf_event_open", attr, -1, 0, -1, 0)
+    return lambda: system_call("perf_event_open", attr, -1, 0, -1, 0)
 
 
 def _makes_bpf_map() -> Act:
@@ -227,24 +230,24 @@ TRIALS = [Trial(f"CAP_{name}", what, prepare) for name, what, prepare in (
     ("NET_RAW", "raw socket", _simply(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))),
     ("IPC_LOCK", "lock memory over the limit", _locks_memory),
     ("IPC_OWNER", "attach memory of mode 0", _attaches_memory),
-    ("SYS_MODULE", "init_module, no module", _simply(lambda: _syscall("init_module", None, 0, b""))),
+    ("SYS_MODULE", "init_module, no module", _simply(lambda: system_call("init_module", None, 0, b""))),
     ("SYS_RAWIO", "ask for a disk block", _asks_for_block),
     ("SYS_CHROOT", "chroot", _simply(lambda: os.chroot("."))),
     ("SYS_PTRACE", "look at another's cwd", _looks_at_neighbour),
-    ("SYS_PACCT", "acct, no such file", _simply(lambda: _checked("acct", b"nothing"))),
+    ("SYS_PACCT", "acct, no such file", _simply(lambda: checked("acct", b"nothing"))),
     ("SYS_ADMIN", "mount a tmpfs", _simply(lambda: syscalls.mount("tmpfs", ".", "tmpfs"))),
-    ("SYS_BOOT", "reboot, wrong magic", _simply(lambda: _syscall("reboot", 0, 0, 0, 0))),
+    ("SYS_BOOT", "reboot, wrong magic", _simply(lambda: system_call("reboot", 0, 0, 0, 0))),
     ("SYS_NICE", "nice -1", _simply(lambda: os.setpriority(os.PRIO_PROCESS, 0, -1))),
     ("SYS_RESOURCE", "raise a hard limit", _raises_hard_limit),
-    ("SYS_TIME", "adjtimex, the same tick", _sets_tick),
+    ("SYS_TIME", "adjtimex, the same tick", sets_tick),
     ("SYS_TTY_CONFIG", "vhangup, no terminal", _hangs_up),
     ("MKNOD", "make a device node", _simply(lambda: os.mknod("node", stat.S_IFCHR | 0o600, os.makedev(1, 3)))),
     ("LEASE", "lease on another's file", _takes_lease),
     ("AUDIT_WRITE", "write to the audit log", _writes_audit),
     ("AUDIT_CONTROL", "set loginuid again", _sets_loginuid),
     ("SETFCAP", "give a file capabilities", _sets_file_caps),
-    ("SYSLOG", "ask the kernel log", _simply(lambda: _checked("klogctl", SYSLOG_ACTION_SIZE_UNREAD, None, 0))),
-    ("WAKE_ALARM", "timer that wakes from sleep", _simply(lambda: _checked("timerfd_create", CLOCK_BOOTTIME_ALARM, 0))),
+    ("SYSLOG", "ask the kernel log", _simply(lambda: checked("klogctl", SYSLOG_ACTION_SIZE_UNREAD, None, 0))),
+    ("WAKE_ALARM", "timer that wakes from sleep", _simply(lambda: checked("timerfd_create", CLOCK_BOOTTIME_ALARM, 0))),
     ("BLOCK_SUSPEND", "EPOLLWAKEUP", _keeps_awake),
     ("AUDIT_READ", "listen to the audit log", _reads_audit),
     ("PERFMON", "perf_event_open, whole CPU", _profiles_kernel),

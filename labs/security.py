@@ -23,12 +23,12 @@ import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from labs import attacks, capabilities, disks, machine, mounts, netns, process, seccomp, syscalls
+from labs import attacks, capabilities, disks, machine, mounts, netns, process, seccomp, syscalls, userns
 from labs.attacks import ATTACKS, STAGE, WIRE
+from labs.capability_trials import system_call
 from labs.errors import BadInput, ChildFailed, Timeout
 from labs.netns import Netns
 
@@ -148,17 +148,9 @@ def check(config: Config) -> Config:
     if "seccomp" in config["linux"]:
         seccomp.compile_profile(config["linux"]["seccomp"], search=True, strict=True)
     for field in ("uidMappings", "gidMappings"):
-        _check_map(f"linux.{field}", config["linux"].get(field) or [])
+        if rows := config["linux"].get(field):
+            userns.check([(row["containerID"], row["hostID"], row["size"]) for row in rows], f"linux.{field}")
     return config
-
-
-def _check_map(field: str, rows: Sequence[Mapping[str, int]]) -> None:
-    """user_namespaces(7), "Defining user and group ID mappings": ranges must not overlap, inside or outside."""
-    for side in ("containerID", "hostID"):
-        ranges = sorted((row[side], row["size"]) for row in rows)
-        for (first, size), (second, _) in pairwise(ranges):
-            if first + size > second:
-                raise BadInput(field, [list(row.values()) for row in rows], f"rows overlap at {side} {second}")
 
 
 class Matrix(NamedTuple):
@@ -491,11 +483,11 @@ def _answer(server: socket.socket, text: str) -> None:
 @contextmanager
 def _key(name: str, text: str) -> Iterator[None]:
     """A key in the user keyring of root: add_key(2), user-keyring(7)."""
-    key = attacks.system_call("add_key", b"user", name.encode(), text.encode(), len(text), attacks.USER_KEYRING)
+    key = system_call("add_key", b"user", name.encode(), text.encode(), len(text), attacks.USER_KEYRING)
     try:
         yield
     finally:
-        attacks.system_call("keyctl", attacks.KEYCTL_INVALIDATE, key)
+        system_call("keyctl", attacks.KEYCTL_INVALIDATE, key)
 
 
 @contextmanager

@@ -121,9 +121,10 @@ ROWS = [{"containerID": 0, "hostID": 100000, "size": 10}, {"containerID": 5, "ho
     ([], {"process.capabilities.total": ["CAP_KILL"]}, "process.capabilities: 'total': must be one of bounding"),
     ([], {"linux.seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [REFUSE]}}, "names: 'mkdri'"),
     ([], {"linux.seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [LONG] * 1000}}, "at most 4096"),
-    (["user namespace"], {"linux.uidMappings": ROWS}, "linux.uidMappings: .* rows overlap at containerID 5"),
+    (["user namespace"], {"linux.uidMappings": ROWS},
+     "linux.uidMappings: '5 200000 10': overlaps '0 100000 10' inside"),
     (["user namespace"], {"linux.gidMappings": [ROWS[0], ROWS[1] | {"containerID": 10, "hostID": 100009}]},
-     "linux.gidMappings: .* rows overlap at hostID 100009"),
+     "linux.gidMappings: '10 100009 10': overlaps '0 100000 10' outside"),
 ])
 def test_bad_input_is_named(layers, changes, says):
     with pytest.raises(BadInput, match=says):
