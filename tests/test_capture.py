@@ -77,7 +77,7 @@ def test_one_packet_at_five_places_in_order(walk):
     assert [one.place for one in answer] == PLACES[::-1]
     assert {one.source for one in answer} == {"10.42.0.2:80", "192.0.2.1:8080"}
     assert [one.time for one in packets] == sorted(one.time for one in packets)
-    text = b"".join(one.payload for one in packets if one.place == PLACES[0] and one.way == "in")
+    text = b"".join(one.payload for one in packets if (one.place, one.way, one.protocol) == (PLACES[0], "in", "TCP"))
     assert text == b"HTTP/1.0 200 OK\r\n\r\nlabs-web sees 192.0.2.2\n"
 
 
