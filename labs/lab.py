@@ -37,9 +37,11 @@ PODMAN_FOLDERS = ("/var/lib/containers/storage", "/var/lib/containers/storage/ov
                   "/var/lib/containers/storage/overlay-containers", "/var/lib/containers/storage/volumes",
                   "/etc/containers/networks")
 # What a first use binds and leaves so, or lets go at a time of its own: Podman's store onto itself, the directory of
-# `ip netns add` (ip-netns(8)), and Docker's name for the machine's own network namespace (`--network host`).
+# `ip netns add` (ip-netns(8)), and Docker's name for the machine's own network namespace (`--network host`); and what
+# the kernel mounts by itself when somebody, like bpftrace, looks there (debugfs_create_automount, tracefs).
 NETNS_DIRECTORY = "/run/netns"
-LASTING_MOUNTS = ("/var/lib/containers/storage/overlay", NETNS_DIRECTORY, "/run/docker/netns/default")
+LASTING_MOUNTS = ("/var/lib/containers/storage/overlay", NETNS_DIRECTORY, "/run/docker/netns/default",
+                  "/sys/kernel/debug/tracing")
 CHURN_MOUNTS = ("/run/user/", "/proc/sys/fs/binfmt_misc", "/run/credentials/")
 
 

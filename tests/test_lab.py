@@ -50,6 +50,14 @@ def test_what_a_first_use_leaves_for_good_is_no_change():
     process.until(lambda: before.diff(lab.snapshot(full=True)) == [])
 
 
+@pytest.mark.machine
+def test_what_the_kernel_mounts_by_itself_is_no_change():
+    before = lab.snapshot()
+    assert os.listdir("/sys/kernel/debug/tracing")
+    assert "/sys/kernel/debug/tracing" in [mount.target for mount in mounts.table()]
+    assert [line for line in changes_by(before) if " mount " in line] == []
+
+
 def test_a_zombie_is_seen():
     before = lab.snapshot()
     pid = os.fork()
