@@ -22,7 +22,6 @@ from typing import Any
 from bench.table import Row, main, show, side_by_side
 from labs import capabilities, namespaces, process, seccomp, syscalls
 
-PROFILE = "/usr/share/containers/seccomp.json"
 # What Docker leaves to a container.
 DEFAULT = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP")
 DEFAULT += ("NET_BIND_SERVICE", "NET_RAW", "SYS_CHROOT", "MKNOD", "AUDIT_WRITE", "SETFCAP")
@@ -74,7 +73,7 @@ def by_libseccomp(profile: dict[str, Any], optimize: int = 1) -> bytes:
 
 def default_profile() -> dict[str, Any]:
     """Podman's copy of Docker's default profile, for a container with Docker's default capabilities."""
-    with open(PROFILE, encoding="utf-8") as file:
+    with open(seccomp.PODMANS_PROFILE, encoding="utf-8") as file:
         return seccomp.oci_profile(json.load(file), [f"CAP_{name}" for name in DEFAULT])
 
 

@@ -275,6 +275,11 @@ def _attempt(trial: Trial, allowed: int) -> str:
     call = trial.prepare()
     allowed &= syscalls.capget().permitted
     capabilities.become({"effective": allowed, "permitted": allowed})
+    return outcome(call)
+
+
+def outcome(call: Act) -> str:
+    """What a call comes to: "ok", the name of its errno, "?" for one that has none, or what it says was lost."""
     try:
         lost = call()
     except (OSError, ChildFailed) as error:

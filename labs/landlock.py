@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from labs import process, syscalls
 from labs.errors import BadInput, ChildFailed, KernelError
-from labs.mounts import opened
+from labs.mounts import o_path, opened
 
 # <linux/landlock.h>: the position is the bit.
 FS = tuple(f"LANDLOCK_ACCESS_FS_{name}" for name in (
@@ -103,9 +103,17 @@ class Ruleset:
 
     def allow(self, path: str, rights: int) -> None:
         """These rights on all beneath a directory, or on one file (where rights of directories are EINVAL)."""
-        with opened(_open(path)) as fd:
-            rule = struct.pack("=Qi", rights, fd)  # struct landlock_path_beneath_attr
-            syscalls.landlock_add_rule(self.fd, syscalls.LANDLOCK_RULE_PATH_BENEATH, rule, path)
+        with opened(o_path(path)) as fd:
+            self._allow(fd, rights, path)
+
+    def allow_what_fits(self, path: str, rights: int) -> None:
+        """The same, but on a file only those of the rights that are a file's."""
+        with opened(o_path(path)) as fd:
+            self._allow(fd, rights & (ALL if stat.S_ISDIR(os.fstat(fd).st_mode) else OF_A_FILE), path)
+
+    def _allow(self, fd: int, rights: int, path: str) -> None:
+        rule = struct.pack("=Qi", rights, fd)  # struct landlock_path_beneath_attr
+        syscalls.landlock_add_rule(self.fd, syscalls.LANDLOCK_RULE_PATH_BENEATH, rule, path)
 
     def allow_port(self, port: int, rights: int) -> None:
         """These rights of NET on a TCP port."""
@@ -116,13 +124,6 @@ class Ruleset:
     def restrict(self) -> None:
         """The calling thread, and what it starts, obey from now on; EPERM without no_new_privs or CAP_SYS_ADMIN."""
         syscalls.landlock_restrict_self(self.fd)
-
-
-def _open(path: str) -> int:
-    try:
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError as error:
-        raise KernelError("open", error.errno or 0, path) from error
 
 
 def restrict(read: Iterable[str] = (), write: Iterable[str] = (), execute: Iterable[str] = (), *,
@@ -147,17 +148,12 @@ def restrict(read: Iterable[str] = (), write: Iterable[str] = (), execute: Itera
     with Ruleset(handled, net, mask(scoped)) as ruleset:
         for paths, rights in ((read, READ), (write, WRITE), (execute, EXECUTE)):
             for path in paths:
-                ruleset.allow(path, rights & handled & (ALL if _is_directory(path) else OF_A_FILE))
+                ruleset.allow_what_fits(path, rights & handled)
         for name, given in ports.items():
             for port in given or ():
                 ruleset.allow_port(port, mask([name]))
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
         ruleset.restrict()
-
-
-def _is_directory(path: str) -> bool:
-    with opened(_open(path)) as fd:
-        return stat.S_ISDIR(os.fstat(fd).st_mode)
 
 
 class Trial(NamedTuple):

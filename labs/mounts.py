@@ -53,7 +53,7 @@ def root(rows: Sequence[Mount]) -> Mount | None:
 
 def holding(path: str, pid: int | str = "self") -> Mount:
     """The mount that a path of a process lies on, links followed, whatever was mounted there before."""
-    with opened(_open(path) if pid == "self" else beneath(f"/proc/{pid}/root", path)) as fd:
+    with opened(o_path(path) if pid == "self" else beneath(f"/proc/{pid}/root", path)) as fd:
         return holding_fd(fd, pid)
 
 
@@ -68,7 +68,7 @@ def beneath(root: str, path: str, flags: int = os.O_PATH) -> int:
 
     With O_PATH it opens nothing.  It stays what it is whatever is put in the path's place afterwards.
     """
-    with opened(_open(root)) as top:
+    with opened(o_path(root)) as top:
         return syscalls.openat2(top, path.lstrip("/") or ".", flags, syscalls.RESOLVE_IN_ROOT)
 
 
@@ -81,7 +81,8 @@ def opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _open(path: str) -> int:
+def o_path(path: str) -> int:
+    """A descriptor that stands for a path and opens nothing: open(2), O_PATH.  KernelError with the path."""
     try:
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:

@@ -13,24 +13,30 @@ import sys
 
 from labs import oci_process
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 NOT_PASSED_ON = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGURG, signal.SIGPIPE, signal.SIGWINCH)
 
 
 def listen() -> list[int]:
     """From here on a signal does not end us: its number waits in the list until attend passes it on."""
     waiting: list[int] = []
+    _on_signals(waiting.append)
+    return waiting
+
+
+def _on_signals(act: Callable[[int], None]) -> None:
     for number in signal.valid_signals():
         if number not in NOT_PASSED_ON:
-            signal.signal(number, lambda number, frame: waiting.append(number))
-    return waiting
+            signal.signal(number, lambda number, frame: act(number))
 
 
 def attend(pid: int, console: int, waiting: list[int]) -> int:
     """Wait for the process; its status as a shell shows it.  console is its terminal's main end, or -1."""
     pidfd = os.pidfd_open(pid)
-    for number in signal.valid_signals():
-        if number not in NOT_PASSED_ON:
-            signal.signal(number, lambda number, frame: _pass_on(pidfd, number))
+    _on_signals(lambda number: _pass_on(pidfd, number))
     for number in waiting:
         _pass_on(pidfd, number)
     if console >= 0:

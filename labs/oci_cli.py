@@ -140,8 +140,10 @@ def execute(options: oci.Options, given: dict[str, Any], words: list[str]) -> in
 
 def _listen(options: oci.Options) -> list[int]:
     """The signals that come before the process is there to take them, unless nobody stays for it."""
+    if options.detach:
+        return []
     from labs import oci_attend
-    return [] if options.detach else oci_attend.listen()
+    return oci_attend.listen()
 
 
 def _attend(pid: int, console: int, waiting: list[int]) -> int:

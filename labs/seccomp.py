@@ -42,6 +42,7 @@ FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_
 NEW_LISTENER, TSYNC_ESRCH = 8, 16
 EPERM, ENOSYS = 1, 38
 LONGEST = 4096  # BPF_MAXINSNS, <linux/bpf_common.h>
+PODMANS_PROFILE = "/usr/share/containers/seccomp.json"  # containers-seccomp.json(5), in Docker's format
 X32_BIT = 0x40000000
 # name in the profile: AUDIT_ARCH_* of <linux/audit.h>, and the token of seccomp_syscall_resolve_name_arch(3)
 ARCHES = {"SCMP_ARCH_X86": (0x40000003, 0x40000003), "SCMP_ARCH_X86_64": (0xC000003E, 0xC000003E),

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from labs import process, seccomp, syscalls
+from labs import mounts, process, seccomp, syscalls
 from labs.errors import BadInput, KernelError, Timeout
 
 # <linux/seccomp.h>: _IOWR('!', 0, struct seccomp_notif) and so on
@@ -197,13 +197,6 @@ class Agent:
 
 def make_node(root: str, path: str, mode: int, device: int) -> None:
     """mknod(2) beneath a root directory as a process in it would see the path: no link leads out, openat2(2)."""
-    top = os.open(root, os.O_PATH | os.O_DIRECTORY)
-    try:
-        folder, name = os.path.split(path)
-        parent = syscalls.openat2(top, folder or "/", os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_IN_ROOT)
-        try:
-            os.mknod(name, mode, device, dir_fd=parent)
-        finally:
-            os.close(parent)
-    finally:
-        os.close(top)
+    folder, name = os.path.split(path)
+    with mounts.opened(mounts.beneath(root, folder, os.O_PATH | os.O_DIRECTORY)) as parent:
+        os.mknod(name, mode, device, dir_fd=parent)

@@ -38,7 +38,6 @@ Results: TypeAlias = dict[str, str]
 HERE = Path(__file__).resolve().parent
 RUNTIME = str(HERE.parent / "bin/labs-runtime")
 COMMAND = ["/usr/bin/python3", "-BSE", "-m", "labs.attacks"]
-PROFILE = "/usr/share/containers/seccomp.json"
 OPEN, NO_EFFECT = "open", "no effect"
 FIRST_ID, IDS = 100_000, 65_536
 USER, OWNER = 1000, 4242  # who the app is; whose the set-user-ID program is
@@ -62,7 +61,7 @@ READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trig
 
 def profile() -> Config:
     """The linux.seccomp of the layer: what the engines allow a container without capabilities, less UNUSED."""
-    found = seccomp.oci_profile(json.loads(machine.read_file(PROFILE)))
+    found = seccomp.oci_profile(json.loads(machine.read_file(seccomp.PODMANS_PROFILE)))
     for entry in found["syscalls"]:
         entry["names"] = [name for name in entry["names"] if name not in UNUSED]
     found["syscalls"] = [entry for entry in found["syscalls"] if entry["names"]]

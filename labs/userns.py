@@ -7,7 +7,6 @@ that the machine stays as it is whatever the kernel says.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import pwd
@@ -20,7 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 from labs import capability_trials, machine, mounts, namespaces, process, syscalls
-from labs.errors import BadInput, ChildFailed
+from labs.errors import BadInput
 from labs.namespaces import Map
 
 LEARNER = 1000
@@ -247,6 +246,12 @@ def _attempt(prepare: Prepare, folder: str, pid: int | None, kinds: Sequence[str
     return process.call(_outcome, prepare)
 
 
+def _outcome(prepare: Prepare) -> str:
+    def tried() -> object:
+        return prepare()()
+    return capability_trials.outcome(tried)
+
+
 def enter(pid: int) -> None:
     """In a child: be root of a process's user namespace, in which 0 must have a row; all else stays as it is."""
     os.setgroups(())
@@ -254,14 +259,6 @@ def enter(pid: int) -> None:
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
-
-
-def _outcome(prepare: Prepare) -> str:
-    try:
-        lost = prepare()()
-    except (OSError, ChildFailed) as error:
-        return errno.errorcode.get(error.errno or 0, "?")
-    return lost if isinstance(lost, str) and lost.endswith("lost") else "ok"
 
 
 REFUSED = ("EPERM", "EACCES", "ECONNREFUSED", "flag lost")  # ECONNREFUSED: audit, outside the initial user namespace

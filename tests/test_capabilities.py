@@ -4,15 +4,14 @@ import errno
 import json
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 from random import Random
 
 import pytest
 
 from labs import capabilities, machine, mounts, namespaces, process, syscalls
 from labs.capabilities import FileCaps
+from labs.check.security_capabilities import cat_with
 from labs.errors import BadInput, ChildFailed, KernelError
 
 LINES = {"CapBnd": "bounding", "CapEff": "effective", "CapPrm": "permitted", "CapInh": "inheritable",
@@ -124,12 +123,8 @@ def test_the_sets_of_a_process_are_those_of_getpcaps():
 @pytest.fixture
 def program():
     """A copy of cat that anybody may execute, where no mount is nosuid."""
-    folder = Path(machine.DATA, machine.new_name("t"))
-    folder.mkdir(parents=True, mode=0o755)
-    path = folder / "cat"
-    shutil.copy("/usr/bin/cat", path)
-    yield str(path)
-    shutil.rmtree(folder)
+    with cat_with(None) as path:
+        yield path
 
 
 TEXTS = {

@@ -2,11 +2,10 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
-from labs import capabilities, machine, mounts, process, syscalls
+from labs import capabilities, mounts, process, syscalls
 from labs.capabilities import FileCaps
 from labs.check import security_capabilities as check
 
@@ -15,12 +14,8 @@ READ, OVERRIDE, CHOWN = (capabilities.parse([name]) for name in ("DAC_READ_SEARC
 
 @pytest.fixture
 def cat():
-    folder = Path(machine.DATA, machine.new_name("t"))
-    folder.mkdir(parents=True, mode=0o755)
-    path = folder / "cat"
-    shutil.copy("/usr/bin/cat", path)
-    yield str(path)
-    shutil.rmtree(folder)
+    with check.cat_with(None) as path:
+        yield path
 
 
 @pytest.mark.parametrize(("caps", "hint"), [

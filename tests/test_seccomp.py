@@ -448,7 +448,7 @@ def test_the_kernel_refuses_each_call_that_dockers_profile_refuses():
 
 
 def docker_profile():
-    return json.loads(Path("/usr/share/containers/seccomp.json").read_text())
+    return json.loads(Path(seccomp.PODMANS_PROFILE).read_text())
 
 
 def entry(names, action="SCMP_ACT_ALLOW", **more):

@@ -140,7 +140,7 @@ CASES = {
 
 
 @contextmanager
-def _program(file: FileCaps | None) -> Iterator[str]:
+def cat_with(file: FileCaps | None) -> Iterator[str]:
     """A copy of cat with these capabilities, where no mount is nosuid."""
     folder = f"{machine.DATA}/{machine.new_name('check')}"
     os.makedirs(folder, 0o755)
@@ -163,7 +163,7 @@ def foretell(answer: Mapping[str, Sequence[str] | str]) -> Steps:
         if said != "EPERM":
             wrong = _unknown(said)
             yield not wrong, f"`{key}`: {wrong}"
-        with _program(case.file) as program:
+        with cat_with(case.file) as program:
             found = after(program, case.sets, case.uid)
         same = said == found if isinstance(found, str) or said == "EPERM" else capabilities.parse(said) == found["effective"]
         yield same, f"`{key}` は、カーネルの答えと違います。{case.why}"
