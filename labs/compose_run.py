@@ -1,0 +1,263 @@
+"""up, ps, logs, exec, stop, down and scale: what a project's supervisor is asked, and how it comes to be there.
+
+The caller may be a notebook whose kernel ends: the supervisor goes on, and the next caller finds it by the project's
+name. One that was killed takes its containers with it (PR_SET_PDEATHSIG); what it left on disk and in the network is
+cleared away by the next call.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from labs import build, compose, compose_supervisor, image, machine, process, registry, syscalls
+from labs.cgroup import Cgroup
+from labs.compose import Action
+from labs.compose_file import Project, error
+from labs.compose_supervisor import FOLDER, Event, UpFailed
+from labs.compose_unit import State
+from labs.errors import BadInput, KernelError, LabError, RegistryError
+
+LAYOUT = "/opt/labs/images"
+LAYERS = f"{machine.DATA}/compose"  # unpacked layers, while any project is up
+COLOURS = (36, 33, 32, 35, 34, 96, 93, 92)  # of console_codes(4)
+DEADLINE = 60.0  # seconds that a supervisor has to come up
+
+
+class Result(NamedTuple):
+    """What a command in a container came to."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def up(project: Project, *, services: Collection[str] = (), scale: Mapping[str, int] | None = None, wait: bool = False,
+       tell: Callable[[str], object] = bool) -> list[Action]:
+    """Make a project what its file says: start what is missing, recreate what changed, leave the rest alone.
+
+    services: only those and what they depend on.  scale: service → number of containers, over the file's.
+    wait: return when everything that has a healthcheck is healthy.  tell: is given a line a step.
+
+    Raises ComposeError for what labs does not do, CycleError, BadInput for an image that is nowhere: then nothing has
+    been touched.  Raises UpFailed where something did not start or never became healthy; what was started stays.
+    """
+    machine.require()
+    compose.refuse_unsupported(project)
+    compose.order(project, services)
+    for name, count in (scale or {}).items():
+        if name not in project.services or count < 0:
+            raise BadInput("scale", {name: count}, "must be services of the file, and 0 or more")
+    images = {name: _image(project, name, tell) for name in project.services}
+    request = {"do": "up", "project": {key: value for key, value in project._asdict().items() if key != "places"},
+               "images": images, "scale": dict(scale or {}), "services": list(services), "wait": wait}
+    _begin(project.name)
+    try:
+        return [Action(*row) for row in _ask(project.name, request, tell)]
+    except UpFailed:
+        if not ps(project.name):
+            down(project.name)
+        raise
+
+
+def ps(name: str) -> list[State]:
+    """The containers of a project, by service and number; none where there is no project of that name."""
+    return [State(**row) for row in _ask(name, {"do": "ps"})] if _is_up(name) else []
+
+
+def events(name: str) -> list[Event]:
+    """Everything that happened since the project came up."""
+    return [Event(*row) for row in _ask(name, {"do": "events"})]
+
+
+def logs(name: str, services: Collection[str] = (), *, colour: bool = False, prefix: bool = True) -> str:
+    """What containers wrote, in the order of time, each line after the name of its container."""
+    rows: list[tuple[float, str, str]] = []
+    for state in ps(name):
+        if not services or state.service in services:
+            rows += [(row["time"], state.name, row["text"]) for row in _log(name, state.name)]
+    width = max((len(one) for _, one, _ in rows), default=0)
+    colours = {one: COLOURS[number % len(COLOURS)] for number, one in enumerate(sorted({one for _, one, _ in rows}))}
+    return "".join(_prefix(one, width, colours[one] if colour else 0) * prefix + text + "\n"
+                   for _, one, text in sorted(rows, key=lambda row: row[0]))
+
+
+def _log(name: str, container: str) -> Iterator[dict[str, Any]]:
+    with suppress(FileNotFoundError), open(f"{FOLDER}/{name}/units/{container}/log", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _prefix(name: str, width: int, colour: int) -> str:
+    text = f"{name:<{width}} | "
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+
+
+def execute(name: str, container: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> Result:
+    """Run a command in a container, given by its name or its service's (then the first one)."""
+    return Result(*_ask(name, {"do": "exec", "container": container, "argv": process.check_argv(argv),
+                               "env": dict(env or {})}))
+
+
+def kill(name: str, container: str, number: int) -> None:
+    """Send a signal to process 1 of a container; its restart policy then does what it says."""
+    _ask(name, {"do": "kill", "container": container, "signal": int(number)})
+
+
+def stop(name: str, services: Collection[str] = (), grace: float | None = None) -> None:
+    """Stop containers, each after those that depend on it.  grace: seconds, over the file's stop_grace_period."""
+    _ask(name, {"do": "stop", "services": list(services), "grace": grace})
+
+
+def start(name: str, services: Collection[str] = ()) -> None:
+    """Start again what was stopped, with the files that it had written."""
+    _ask(name, {"do": "start", "services": list(services)})
+
+
+def scale(project: Project, **counts: int) -> list[Action]:
+    """`up` with other numbers of containers: `docker compose up --scale`."""
+    return up(project, services=list(counts), scale=counts)
+
+
+def down(name: str, *, volumes: bool = False) -> None:
+    """Stop and remove the containers and networks of a project; volumes: its named volumes too.
+
+    A project that is not there is no mistake.
+    """
+    if _is_up(name):
+        _ask(name, {"do": "down", "volumes": volumes})
+        process.until(lambda: not os.path.exists(f"{FOLDER}/{name}"), DEADLINE)
+    else:
+        _clear(name)
+        if volumes:
+            compose_supervisor.remove_volumes(name)
+    if not glob.glob(f"{FOLDER}/*"):
+        machine.remove_tree(LAYERS)
+        with suppress(OSError):
+            os.rmdir(FOLDER)
+
+
+# Images
+
+
+def _image(project: Project, service: str, tell: Callable[[str], object]) -> dict[str, Any]:
+    """The layers of a service's image as directories, and its config; built, from the layout, or from a registry."""
+    given = project.services[service]
+    if "build" in given:
+        return _unpacked(*_built(project, service, tell))
+    name = str(given["image"])
+    repository, _, tag = name.rpartition("/")[2].partition(":")
+    layout = image.Layout(LAYOUT)
+    if "/" not in name and tag in ("", "lab", "latest") and repository in layout.names():
+        return _unpacked(layout, image.load(layout, repository))
+    try:
+        return _unpacked(*_pulled(name))
+    except (RegistryError, BadInput, KeyError) as problem:
+        raise error(project, ("services", service, "image"), name, f"no such image: {problem}") from None
+
+
+def _pulled(name: str) -> tuple[image.Layout, image.Image]:
+    host, _, rest = name.partition("/")
+    if not rest or not (":" in host or "." in host):
+        raise BadInput("image", name, "is neither in the lab's layout nor on a registry HOST:PORT/NAME")
+    repository, _, tag = rest.partition(":")
+    layout = _own_layout()
+    with registry.Registry(host) as there:
+        registry.pull(there, repository, tag or "latest", layout)
+    return layout, image.load(layout, f"{repository}:{tag or 'latest'}")
+
+
+def _built(project: Project, service: str, tell: Callable[[str], object]) -> tuple[image.Layout, image.Image]:
+    given = project.services[service]["build"]
+    layout = _own_layout()
+    name = f"{project.name}-{service}"
+    args = {key: value for key, value in (given.get("args") or {}).items() if value is not None}
+    tell(f"{name} build")
+    made = build.build(given["context"], layout, name, dockerfile=given.get("dockerfile", "Dockerfile"),
+                       target=given.get("target"), args=args, bases=image.Layout(LAYOUT))
+    return layout, made.image
+
+
+def _own_layout() -> image.Layout:
+    path = f"{LAYERS}/images"
+    os.makedirs(LAYERS, exist_ok=True)
+    return image.Layout.create(path)
+
+
+def _unpacked(layout: image.Layout, one: image.Image) -> dict[str, Any]:
+    return {"layers": image.unpack_layers(layout, one, f"{LAYERS}/layers"), "run": one.run}
+
+
+# The supervisor
+
+
+def _is_up(name: str) -> bool:
+    """Whether a supervisor answers."""
+    with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
+        line.connect(f"{FOLDER}/{name}/socket")
+        return True
+    return False
+
+
+def _begin(name: str) -> None:
+    """Make sure that there is a supervisor; what a killed one left is cleared away first."""
+    if _is_up(name):
+        return
+    _clear(name)
+    folder = f"{FOLDER}/{name}"
+    os.makedirs(f"{folder}/units")
+    with open(f"{folder}/supervisor.log", "w", encoding="utf-8") as log:
+        subprocess.run(["setsid", "--fork", sys.executable, "-m", compose_supervisor.__name__, name], cwd="/",
+                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, close_fds=True,
+                       env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    def answers() -> bool:
+        return _is_up(name) or bool(Path(folder, "supervisor.log").read_text(encoding="utf-8"))
+    process.until(answers, DEADLINE)
+    if not _is_up(name):
+        reason = Path(folder, "supervisor.log").read_text(encoding="utf-8").strip().splitlines()[-1]
+        _clear(name)
+        raise LabError(f"{name}: the supervisor did not start: {reason}")
+
+
+def _ask(name: str, request: Mapping[str, Any], tell: Callable[[str], object] = bool) -> Any:
+    with socket.socket(socket.AF_UNIX) as line:
+        try:
+            line.connect(f"{FOLDER}/{name}/socket")
+        except OSError:
+            raise BadInput("project", name, "is not up") from None
+        line.sendall(json.dumps(request).encode() + b"\n")
+        for row in map(json.loads, line.makefile("rb")):
+            if "say" in row:
+                tell(row["say"])
+            elif "error" in row:
+                raise UpFailed(row["error"], row["left"])
+            else:
+                return row["done"]
+    raise LabError(f"{name}: the supervisor ended while it was asked")
+
+
+def _clear(name: str) -> None:
+    """Remove what a killed supervisor left: processes by their cgroups, mounts, namespaces, files."""
+    folder = f"{FOLDER}/{name}"
+    if not os.path.isdir(folder):
+        return
+    containers = os.listdir(f"{folder}/units") if os.path.isdir(f"{folder}/units") else []
+    for container in containers:
+        with suppress(OSError):
+            Cgroup(f"{machine.CGROUP}/{machine.PREFIX}{container}").delete()
+        with suppress(KernelError):
+            syscalls.umount2(f"{folder}/units/{container}/rootfs", syscalls.MNT_DETACH)
+    for space in (name, *containers):
+        path = f"/run/netns/{machine.PREFIX}{space}"
+        with suppress(KernelError):
+            syscalls.umount2(path, syscalls.MNT_DETACH)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    machine.remove_tree(folder)
