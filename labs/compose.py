@@ -23,8 +23,8 @@ STARTED, HEALTHY, COMPLETED = "service_started", "service_healthy", "service_com
 NOT_HASHED = ("build", "pull_policy", "scale", "depends_on", "profiles", "deploy.replicas")
 # What the runner carries out, by the key of a service; every other key is refused by name.
 SERVICE_KEYS = {
-    "annotations", "build", "cap_add", "cap_drop", "command", "configs", "container_name", "cpus", "depends_on", "deploy",
-    "domainname", "entrypoint", "environment", "expose", "extra_hosts", "healthcheck", "hostname", "image", "labels",
+    "annotations", "build", "cap_add", "cap_drop", "command", "configs", "container_name", "cpus", "depends_on",
+    "deploy", "entrypoint", "environment", "expose", "extra_hosts", "healthcheck", "hostname", "image", "labels",
     "mem_limit", "network_mode", "networks", "pids_limit", "ports", "profiles", "pull_policy", "read_only", "restart",
     "scale", "secrets", "stop_grace_period", "stop_signal", "sysctls", "tmpfs", "user", "volumes", "working_dir"}
 BELOW = {
@@ -108,7 +108,7 @@ def _with_needs(project: Project, names: Iterable[str]) -> Iterator[str]:
 
 
 def _cycle(project: Project, found: list[str]) -> CycleError:
-    """graphlib's circle, written as "waits for": from the smallest name round to itself."""
+    """A circle as graphlib gives it, written as "waits for": from the smallest name round to itself."""
     around = found[:0:-1]  # each one depends on the next
     first = around.index(min(around))
     names = [*around[first:], *around[:first + 1]]

@@ -26,7 +26,8 @@ MOUNTS: list[Config] = [
     {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
     {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
      "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-    {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*_NO, "mode=1777", "size=65536k"]},
+    {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",  # noqa: S108  in the container
+     "options": [*_NO, "mode=1777", "size=65536k"]},
     {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": _NO},
     {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_NO, "ro"]},
     {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*_NO, "relatime", "ro"]}]
@@ -36,7 +37,7 @@ PERIOD = 100_000  # microseconds of cpu.cfs_period_us
 
 
 def command(service: Mapping[str, Any], image: Mapping[str, Any]) -> list[str]:
-    """entrypoint and command of the service over those of the image; a new entrypoint drops the image's command."""
+    """The entrypoint and command of the service over those of the image; a new entrypoint drops the image's command."""
     entrypoint, words = service.get("entrypoint"), service.get("command")
     if words is None and entrypoint is None:
         words = image.get("Cmd")

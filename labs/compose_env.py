@@ -2,7 +2,8 @@
 
 Compose Specification, "Interpolation" (12-interpolation.md) and Docker's "Syntax for environment files":
 $NAME, ${NAME}, ${NAME-default}, ${NAME:-default}, ${NAME?message}, ${NAME:?message}, ${NAME+other}, ${NAME:+other};
-with a colon an empty value counts as missing. What stands behind the operator is interpolated itself. $$ is a $.
+with a colon an empty value counts as missing. What stands behind the operator is interpolated itself. $$ is a $, and
+so is one that begins no name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from labs.errors import BadInput
 _NAME = re.compile(r"[_a-zA-Z][_a-zA-Z0-9]*")
 _OPERATOR = re.compile(r":?[-?+]")
 _LINE = re.compile(r"\s*(?:export\s+)?(?P<key>[A-Za-z_][\w.\-\[\]]*)[ \t]*(?P<sign>[=:]?)[ \t]*")
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\\": "\\", '"': '"', "$": "$$"}
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\\": "\\", '"': '"',
+            "$": "$$"}
 
 Lookup = Callable[[str], str | None]
 
@@ -43,7 +45,7 @@ def _variable(text: str, dollar: int, lookup: Lookup, field: str) -> tuple[str, 
         return _braced(text[dollar + 2:end], lookup, field), end + 1
     if name := _NAME.match(text, dollar + 1):
         return lookup(name[0]) or "", name.end()
-    raise BadInput(field, text, "a $ begins $NAME, ${NAME} or $$")
+    return "$", dollar + 1
 
 
 def _closing(text: str, opening: int, field: str) -> int:

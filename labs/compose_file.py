@@ -16,8 +16,8 @@ from functools import cache, partial
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
+from jsonschema import Draft201909Validator
 from jsonschema.exceptions import ValidationError, best_match
-from jsonschema.validators import validator_for
 
 from labs import compose_env, compose_forms
 from labs.compose_forms import BadForm
@@ -76,7 +76,7 @@ def load(*files: str, project: str = "", profiles: Collection[str] = (), env: Ma
     outside = dict(os.environ if env is None else env)
     variables = _env(folder, outside, env_files) | outside
     model = _Loader(folder, variables).files(paths)
-    name = _name(project or variables.get("COMPOSE_PROJECT_NAME") or model.value.get("name") or "", folder, model)
+    name = _name(project or variables.get("COMPOSE_PROJECT_NAME") or "", folder, model)
     active = set(profiles) | set(filter(None, variables.get("COMPOSE_PROFILES", "").split(",")))
     return _Normaliser(model, name, folder, variables, active).project()
 
@@ -110,7 +110,9 @@ def _text(file: str, what: str) -> str:
 
 
 def _name(given: str, folder: str, model: Document) -> str:
-    name = given or re.sub(r"[^a-z0-9_-]", "", os.path.basename(folder).lower()).lstrip("_-")
+    """The project's name: as asked for, else from the file or the directory, less what no name may have."""
+    said = model.value.get("name") or os.path.basename(folder)
+    name = given or re.sub(r"[^a-z0-9_-]", "", said.lower()).lstrip("_-")
     if not _PROJECT.fullmatch(name):
         raise error(model.places, ("name",), name, "must be lower case letters, digits, - and _, the first no sign")
     return name
@@ -118,8 +120,7 @@ def _name(given: str, folder: str, model: Document) -> str:
 
 @cache
 def _schema() -> Any:
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    return validator_for(schema)(schema)
+    return Draft201909Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 def _check_schema(document: Document) -> None:
@@ -200,7 +201,8 @@ class _Loader:
                                  for name, service in (value["services"] or {}).items()}
         for kind in KINDS:
             if kind in value:
-                value[kind] = {name: _resource(dict(given or {}), locate) for name, given in (value[kind] or {}).items()}
+                value[kind] = {name: _resource(dict(given or {}), locate)
+                               for name, given in (value[kind] or {}).items()}
         return document._replace(value=value)
 
     def _included(self, document: Document, file: str) -> Iterator[Document]:
@@ -261,7 +263,7 @@ def _cast(text: str, path: Path) -> Any:
         return text.lower() in ("true", "yes", "on", "y", "1")
     if (key in _NUMBERS or (len(path) > 2 and path[-2] == "ulimits")) and not _NOT_NUMBERS.fullmatch(where):
         if re.fullmatch(r"-?[0-9]+", text):
-            return int(text, 8) if key == "mode" and text.startswith("0") else int(text)
+            return int(text)  # a quoted "0400" is four hundred, for Docker too
         if re.fullmatch(r"-?[0-9]*\.[0-9]+", text):
             return float(text)
     return text
@@ -289,7 +291,8 @@ def _each(form: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
     return inner
 
 
-def _service(service: Mapping[str, Any], locate: Callable[[str], str], path: Path, document: Document) -> dict[str, Any]:
+def _service(service: Mapping[str, Any], locate: Callable[[str], str], path: Path, document: Document
+             ) -> dict[str, Any]:
     forms, found = _forms(locate), {}
     for key, value in service.items():
         where = (*path, key)
@@ -353,7 +356,7 @@ def _merged(base: Any, over: Any, path: Path, tags: Mapping[Path, str]) -> Any:
 
 
 def _is_replaced(path: Path) -> bool:
-    return len(path) == 3 and path[2] in REPLACED or path[-2:] == ("healthcheck", "test")
+    return (len(path) == 3 and path[2] in REPLACED) or path[-2:] == ("healthcheck", "test")
 
 
 _IDENTITY: dict[str, Callable[[Any], Any]] = {
@@ -418,8 +421,8 @@ class _Normaliser:
 
     def _service(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         service: dict[str, Any] = {"command": None, "entrypoint": None}
-        service |= {key: value for key, value in given.items() if value is not None and value != [] and value != {}
-                    or key in ("command", "entrypoint")}
+        service |= {key: value for key, value in given.items() if not key.startswith("x-")
+                    and (value or key in ("init", "scale", *REPLACED))}
         if "image" not in service and "build" not in service:
             raise self._error(("services", name), name, "has neither an image nor a build context")
         if "network_mode" not in service:
@@ -435,7 +438,8 @@ class _Normaliser:
         else:
             service.pop("depends_on", None)
         if args := (service.get("build") or {}).get("args"):
-            service["build"] = service["build"] | {"args": self._resolved(args)}
+            known = {key: value for key, value in self._resolved(args).items() if value is not None}
+            service["build"] = service["build"] | {"args": known}
         self._check_memory(name, service)
         return service
 
@@ -443,7 +447,8 @@ class _Normaliser:
         limits = service.get("deploy", {}).get("resources", {}).get("limits", {})
         for key, other in (("mem_limit", "memory"), ("cpus", "cpus"), ("pids_limit", "pids")):
             if key in service and other in limits and str(service[key]) != str(limits[other]):
-                raise self._error(("services", name, key), service[key], f"differs from deploy.resources.limits.{other}")
+                raise self._error(("services", name, key), service[key],
+                                  f"differs from deploy.resources.limits.{other}")
 
     def _resolved(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A name without a value takes that of the environment, if there is one."""
@@ -456,7 +461,8 @@ class _Normaliser:
                 if entry["required"]:
                     raise self._error(("services", name, "env_file"), os.path.basename(entry["path"]), "no such file")
                 continue
-            given = compose_env.parse(_text(entry["path"], "env_file"), self._variables, os.path.basename(entry["path"]))
+            file = os.path.basename(entry["path"])
+            given = compose_env.parse(_text(entry["path"], "env_file"), {**found, **self._variables}, file)
             found |= {key: value for key, value in self._resolved(given).items() if value is not None}
         return dict(sorted((found | self._resolved(service.get("environment") or {})).items()))
 
@@ -477,10 +483,9 @@ class _Normaliser:
         for other, given in sorted(found.items()):
             if other in self._services:
                 needs[other] = given
-            elif other in self._all and given.get("required", True):
-                raise self._error(("services", name, "depends_on", other), other, "belongs to a profile that is not active")
-            elif given.get("required", True):
-                raise self._error(("services", name, "depends_on", other), other, "no such service")
+            elif given.get("required", True) or other not in self._all:
+                rule = "belongs to a profile that is not active" if other in self._all else "no such service"
+                raise self._error(("services", name, "depends_on", other), other, rule)
         return needs
 
     def _check_references(self, name: str, service: Mapping[str, Any]) -> None:

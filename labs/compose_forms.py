@@ -12,16 +12,15 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-BYTES = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": 2**20, "mb": 2**20, "g": 2**30, "gb": 2**30, "t": 2**40,
-         "tb": 2**40}
+BYTES = {unit + b: 2**(10 * power) for power, unit in enumerate(("", "k", "m", "g", "t")) for b in ("", "b")}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(b|k|kb|m|mb|g|gb|t|tb)?", re.IGNORECASE)
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|ms|s|m|h|d|w)")
 _UNITS = {"w": 604800 * 10**9, "d": 86400 * 10**9, "h": 3600 * 10**9, "m": 60 * 10**9, "s": 10**9, "ms": 10**6,
           "us": 10**3, "µs": 10**3, "ns": 1}
 _PORT = re.compile(r"(?:(?:(?P<ip>\[[^]]*\]|[0-9.]+):)?(?P<published>[0-9-]*):)?(?P<target>[0-9]+(?:-[0-9]+)?)"
                    r"(?:/(?P<protocol>[a-z]+))?")
-MODES = {"ro", "rw", "z", "Z", "nocopy", "cached", "delegated", "consistent", "rprivate", "private", "rshared", "shared",
-         "rslave", "slave"}
+PROPAGATION = {"rprivate", "private", "rshared", "shared", "rslave", "slave"}
+MODES = {"ro", "rw", "z", "Z", "nocopy", "cached", "delegated", "consistent"} | PROPAGATION
 
 
 class BadForm(ValueError):
@@ -148,14 +147,7 @@ def _address(text: str) -> str:
 def volume(value: Any, locate: Callable[[str], str]) -> dict[str, Any]:
     """One entry of volumes; locate() makes a path absolute."""
     if isinstance(value, dict):
-        long = dict(value)
-        if long["type"] == "bind":
-            long["source"] = locate(long["source"])
-        if long["type"] in ("bind", "volume") and not long.get(long["type"]):
-            long[long["type"]] = {"create_host_path": True} if long["type"] == "bind" and long["type"] not in long else {}
-        if size_given := (long.get("tmpfs") or {}).get("size"):
-            long["tmpfs"] = long["tmpfs"] | {"size": size(size_given)}
-        return long
+        return _long_volume(dict(value), locate)
     parts = str(value).split(":")
     if len(parts) > 3 or not all(parts):
         raise BadForm("must be [SOURCE:]TARGET[:MODE]")
@@ -165,18 +157,28 @@ def volume(value: Any, locate: Callable[[str], str]) -> dict[str, Any]:
     if modes - MODES:
         raise BadForm(f"unknown mode {', '.join(sorted(modes - MODES))}")
     is_path = parts[0].startswith((".", "/", "~"))
-    long = {"type": "bind" if is_path else "volume", "source": locate(parts[0]) if is_path else parts[0],
-            "target": parts[1]}
-    if "ro" in modes:
-        long["read_only"] = True
-    details: dict[str, Any] = {"create_host_path": True} if is_path else {}
-    if not is_path and "nocopy" in modes:
-        details["nocopy"] = True
-    if is_path and (propagation := modes & {"rprivate", "private", "rshared", "shared", "rslave", "slave"}):
-        details["propagation"] = propagation.pop()
-    if is_path and (label := modes & {"z", "Z"}):
-        details["selinux"] = label.pop()
-    return long | {long["type"]: details}
+    kind = "bind" if is_path else "volume"
+    long = {"type": kind, "source": locate(parts[0]) if is_path else parts[0], "target": parts[1]}
+    return long | ({"read_only": True} if "ro" in modes else {}) | {kind: _details(modes, is_path)}
+
+
+def _long_volume(long: dict[str, Any], locate: Callable[[str], str]) -> dict[str, Any]:
+    if long["type"] == "bind":
+        long["source"] = locate(long["source"])
+    if given := (long.get("tmpfs") or {}).get("size"):
+        long["tmpfs"] = long["tmpfs"] | {"size": size(given)}
+    return long
+
+
+def _details(modes: set[str], is_path: bool) -> dict[str, Any]:
+    """What a mode says besides ro and rw."""
+    if not is_path:
+        return {"nocopy": True} if "nocopy" in modes else {}
+    found: dict[str, Any] = {"create_host_path": True}
+    for key, known in (("propagation", PROPAGATION), ("selinux", {"z", "Z"})):
+        if given := modes & known:
+            found[key] = given.pop()
+    return found
 
 
 def grant(value: Any, folder: str = "") -> dict[str, Any]:
@@ -228,8 +230,8 @@ def networks(value: Any) -> dict[str, Any]:
 def env_file(value: Any, locate: Callable[[str], str]) -> list[dict[str, Any]]:
     """One path, a list of paths, or of {path, required}."""
     entries = value if isinstance(value, list) else [value]
-    return [{"required": True} | (one | {"path": locate(one["path"])} if isinstance(one, dict) else {"path": locate(one)})
-            for one in entries]
+    long = (one if isinstance(one, dict) else {"path": one} for one in entries)
+    return [{"required": True} | one | {"path": locate(one["path"])} for one in long]
 
 
 def deploy(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,10 +241,7 @@ def deploy(value: Mapping[str, Any]) -> dict[str, Any]:
     for kind, given in resources.items():
         resources[kind] = {key: size(one) if key == "memory" else float(one) if key == "cpus" else one
                            for key, one in (given or {}).items()}
-    if "resources" in long:
-        long["resources"] = resources
-    else:
-        long["resources"] = {}
+    long["resources"] = resources
     if "labels" in long:
         long["labels"] = mapping(long["labels"], "")
     long.setdefault("placement", {})

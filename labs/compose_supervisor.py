@@ -1,4 +1,4 @@
-"""The one process that holds a project: its networks, its containers, and the loop that makes what is into what is wanted.
+"""The one process that holds a project: its networks, its containers, and what turns what is into what is wanted.
 
 Docker's daemon holds the containers of every project, and compose only talks to it; here each project has a holder of
 its own, started by compose_run, that outlives whoever asked. It listens on a Unix socket in FOLDER/NAME; a request is
@@ -145,9 +145,8 @@ class Supervisor:
         """Wait until a dependency is what its condition says."""
         required = project.services[name]["depends_on"][other].get("required", True)
         for unit in [one for key, one in self.units.items() if key[0] == other]:
-            if problem := await _problem(unit, condition):
-                if required:
-                    raise UpFailed(problem, self.names())
+            if (problem := await _problem(unit, condition)) and required:
+                raise UpFailed(problem, self.names())
 
     async def _act(self, project: Project, action: Action, pulled: bool, say: Callable[[str], None]) -> None:
         key = (action.service, action.number)
@@ -170,7 +169,8 @@ class Supervisor:
             if unit and (problem := await _problem(unit, HEALTHY if unit.spec.healthcheck else "running")):
                 raise UpFailed(problem, self.names())
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Of all its containers."""
         return sorted(unit.spec.name for unit in self.units.values())
 
     # Networks
@@ -256,8 +256,9 @@ class Supervisor:
         """hosts, hostname and resolv.conf, as an engine writes them (hosts(5), resolv.conf(5))."""
         given = self.project.services[unit.spec.service] if self.project else {}
         host = str(given.get("hostname") or unit.spec.name)
-        texts = {"hosts": compose_bundle.hosts(host, list(unit.state.networks.values()), given.get("extra_hosts") or ()),
-                 "hostname": host + "\n", "resolv.conf": dns.resolv_conf([DNS_ADDRESS], options=["ndots:0"])}
+        addresses, extra = list(unit.state.networks.values()), given.get("extra_hosts") or ()
+        texts = {"hosts": compose_bundle.hosts(host, addresses, extra), "hostname": host + "\n",
+                 "resolv.conf": dns.resolv_conf([DNS_ADDRESS], options=["ndots:0"])}
         for name, text in texts.items():
             Path(unit.folder, name).write_text(text, encoding="utf-8")
 
@@ -266,7 +267,7 @@ class Supervisor:
         return [bind(f"{unit.folder}/{name}", f"/etc/{name}") for name in names]
 
     def _volumes(self, project: Project, unit: Unit, given: Mapping[str, Any]) -> Iterator[Config]:
-        """Binds as they are, named volumes from the store (filled from the image at first), others from its own folder."""
+        """Binds as they are; named volumes from the store, filled from the image at first; others in its own folder."""
         for number, one in enumerate(given.get("volumes") or ()):
             if one["type"] == "bind":
                 if not os.path.exists(one["source"]):
@@ -358,22 +359,19 @@ class Supervisor:
     async def answer(self, request: Mapping[str, Any], say: Callable[[str], None]) -> Any:
         """Do what a request asks."""
         what, names = request["do"], request.get("services") or ()
-        if what == "ps":
-            return [one._asdict() for one in self.states()]
-        if what == "events":
-            return [tuple(one) for one in self.events]
-        if what == "exec":
-            return await self._named(request["container"]).execute(request["argv"], request.get("env"))
-        if what == "kill":
-            return await self._named(request["container"]).kill(request["signal"])
+        if what in ("exec", "kill"):
+            unit = self._named(request["container"])
+            if what == "kill":
+                return await unit.kill(request["signal"])
+            return await unit.execute(request["argv"], request["env"])
+        if what in ("ps", "events"):
+            return [one._asdict() for one in self.states()] if what == "ps" else self.events
         async with self._busy:
             if what == "up":
-                return [tuple(one) for one in await self.up(request, say)]
+                return await self.up(request, say)
             if what == "start":
                 return await asyncio.gather(*(unit.start() for unit in self._chosen(names)))
-            if what == "stop":
-                return await self.stop(names, request.get("grace"))
-            return await self.down(request["volumes"])
+            return await (self.stop(names, request["grace"]) if what == "stop" else self.down(request["volumes"]))
 
     def _named(self, name: str) -> Unit:
         """By the name of a container, or of a service: its first one."""

@@ -252,7 +252,8 @@ class Unit:
                 code = -1
             if self.state.status != "running":
                 return
-            failures = 0 if code == 0 else failures + (time.monotonic() - began >= grace or self.state.health == "healthy")
+            counts = time.monotonic() - began >= grace or self.state.health == "healthy"
+            failures = 0 if code == 0 else failures + counts
             health = "healthy" if code == 0 else "unhealthy" if failures >= check.get("retries", RETRIES) \
                 else self.state.health
             if health != self.state.health:

@@ -53,15 +53,15 @@ class Document(NamedTuple):
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  as PyYAML has it
 
 
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9_]*|0[0-7_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-     "-+0123456789."),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?", "-+0123456789."),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
     ("merge", "<<", "<"))
 for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"),
@@ -114,7 +114,7 @@ class _Reader:
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
                 return [self.value(one, (*path, number)) for number, one in enumerate(node.value)]
-            return self._scalar(node, path)
+            return self._scalar(node)
         finally:
             self._open.pop()
 
@@ -153,8 +153,8 @@ class _Reader:
             raise self._error(node, path, "key", "a key must be a string")
         return str(node.value)
 
-    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
-        kind, text = node.tag.rpartition(":")[2], node.value
+    def _scalar(self, node: yaml.Node) -> Any:
+        kind, text = node.tag.rpartition(":")[2], str(node.value)
         if kind == "int":
             return _integer(text.replace("_", ""))
         if kind == "float":
