@@ -90,7 +90,8 @@ def configuration(service: Mapping[str, Any], image: Mapping[str, Any], *, name:
     """config.json of a container.
 
     image: the image's config (config.md): Env, Cmd, Entrypoint, User, WorkingDir.  rootfs: the mounted root, in which
-    names of users are looked up.  netns: the path of its network namespace.  mounts: what is bound into it.
+    names of users are looked up.  netns: the path of its network namespace.  mounts: what is bound into it; one below
+    another comes after it.
     Raises BadInput for a user that the image does not have.
     """
     who, home = user(rootfs, str(service.get("user") or image.get("User") or "0"))
@@ -108,8 +109,7 @@ def configuration(service: Mapping[str, Any], image: Mapping[str, Any], *, name:
         "root": {"path": rootfs, "readonly": bool(service.get("read_only"))},
         "process": {"user": who, "args": command(service, image), "env": env, "capabilities": sets,
                     "cwd": service.get("working_dir") or image.get("WorkingDir") or "/", "noNewPrivileges": False},
-        "mounts": [*MOUNTS, *mounts, *({"destination": path, "type": "tmpfs", "source": "tmpfs", "options": _NO}
-                                      for path in _tmpfs(service))],
+        "mounts": [*MOUNTS, *sorted([*mounts, *_tmpfs(service)], key=lambda one: one["destination"].split("/"))],
         "annotations": dict(annotations or {}),
         "linux": {"namespaces": [*spaces, {"type": "network", "path": netns}], "resources": resources(service),
                   "sysctl": {key: str(value) for key, value in (service.get("sysctls") or {}).items()},
@@ -117,9 +117,10 @@ def configuration(service: Mapping[str, Any], image: Mapping[str, Any], *, name:
                   "maskedPaths": MASKED, "readonlyPaths": READONLY}}
 
 
-def _tmpfs(service: Mapping[str, Any]) -> list[str]:
-    short = [one.partition(":")[0] for one in service.get("tmpfs") or ()]
-    return short + [one["target"] for one in service.get("volumes") or () if one["type"] == "tmpfs"]
+def _tmpfs(service: Mapping[str, Any]) -> list[Config]:
+    paths = [one.partition(":")[0] for one in service.get("tmpfs") or ()]
+    paths += [one["target"] for one in service.get("volumes") or () if one["type"] == "tmpfs"]
+    return [{"destination": path, "type": "tmpfs", "source": "tmpfs", "options": _NO} for path in paths]
 
 
 def bind(source: str, target: str, readonly: bool = False) -> Config:

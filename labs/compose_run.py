@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,8 +132,9 @@ def down(name: str, *, volumes: bool = False) -> None:
     A project that is not there is no mistake.
     """
     if _is_up(name):
-        _ask(name, {"do": "down", "volumes": volumes})
-        process.until(lambda: not os.path.exists(f"{FOLDER}/{name}"), DEADLINE)
+        with _held(name) as supervisor:
+            _ask(name, {"do": "down", "volumes": volumes})
+            process.readable(supervisor, DEADLINE)
     else:
         _clear(name)
         if volumes:
@@ -204,6 +205,19 @@ def _is_up(name: str) -> bool:
         line.connect(f"{FOLDER}/{name}/socket")
         return True
     return False
+
+
+@contextmanager
+def _held(name: str) -> Iterator[int]:
+    """A pidfd of the supervisor, readable when it has ended: SO_PEERCRED of unix(7), pidfd_open(2)."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(f"{FOLDER}/{name}/socket")
+        pid = int.from_bytes(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+        descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _begin(name: str) -> None:

@@ -124,7 +124,7 @@ class Unit:
         """Start it and return once it runs, or has run.  Raises StartFailed."""
         if self._life and not self._life.done():
             return
-        self.stopped = False
+        self.stopped, self.state = False, self.state._replace(status="created")
         self._life = asyncio.create_task(self._live())
         running = asyncio.create_task(self.until(lambda state: state.status in ("running", "exited")))
         await asyncio.wait([self._life, running], return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +181,8 @@ class Unit:
                  for name, stream in (("stdout", run.stdout), ("stderr", run.stderr)) if stream]
         probes: list[asyncio.Task[None]] = []
         try:
-            if await self._appears(pid_file):
+            began = await self._appears(pid_file)
+            if began:
                 self._began(int(Path(pid_file).read_text(encoding="ascii")))
             probes += [asyncio.create_task(self._probe())] if self._has_probe() else []
             code = await run.wait()
@@ -189,16 +190,18 @@ class Unit:
         finally:
             for task in (*pumps, *probes):
                 task.cancel()
-        if self._pidfd < 0:
+        if not began:
             raise StartFailed(self.spec.name, self.last_words() or f"the runtime ended with {code}")
-        os.close(self._pidfd)
-        self._pidfd = -1
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         code = 128 - code if code < 0 else code
         self._set("died", pid=0, exit_code=code, finished=time.time())
         return code
 
     def _began(self, pid: int) -> None:
-        self._pidfd = os.pidfd_open(pid)
+        with suppress(ProcessLookupError):  # it has ended already
+            self._pidfd = os.pidfd_open(pid)
         self._set("started", status="running", pid=pid, started=time.time(), exit_code=0,
                   health="starting" if self._has_probe() else "")
 
