@@ -246,14 +246,15 @@ def _ask(name: str, request: Mapping[str, Any], tell: Callable[[str], object] = 
             line.connect(f"{FOLDER}/{name}/socket")
         except OSError:
             raise BadInput("project", name, "is not up") from None
-        line.sendall(json.dumps(request).encode() + b"\n")
-        for row in map(json.loads, line.makefile("rb")):
-            if "say" in row:
-                tell(row["say"])
-            elif "error" in row:
-                raise UpFailed(row["error"], row["left"])
-            else:
-                return row["done"]
+        with suppress(ConnectionError):
+            line.sendall(json.dumps(request).encode() + b"\n")
+            for row in map(json.loads, line.makefile("rb")):
+                if "say" in row:
+                    tell(row["say"])
+                elif "error" in row:
+                    raise UpFailed(row["error"], row["left"])
+                else:
+                    return row["done"]
     raise LabError(f"{name}: the supervisor ended while it was asked")
 
 
@@ -274,4 +275,6 @@ def _clear(name: str) -> None:
             syscalls.umount2(path, syscalls.MNT_DETACH)
         with suppress(FileNotFoundError):
             os.unlink(path)
+    for pool in glob.glob(f"{machine.STATE}/ipam-{machine.PREFIX}{name}-*"):
+        os.unlink(pool)
     machine.remove_tree(folder)

@@ -461,6 +461,7 @@ class Server:
 
     def resolv_conf(self, *, search: Sequence[str] = (), options: Sequence[str] = ()) -> Bind:
         """A resolv.conf(5) that names this server, to be bound into a container; it goes with the server."""
+        os.makedirs(self._folder, exist_ok=True)
         path = f"{self._folder}/{len(os.listdir(self._folder))}"
         with open(path, "w", encoding="ascii") as file:
             file.write(resolv_conf([self.address], search, options))
@@ -530,8 +531,7 @@ def serve(ns: Netns, address: str, records: Records, *, upstream: str | None = N
     dns.rdata.load_all_types()  # type: ignore[no-untyped-call]  # nothing is imported after the fork
     folder = f"{machine.STATE}/{machine.new_name('dns')}"
     with ExitStack() as undo:
-        os.makedirs(folder)
-        undo.callback(machine.remove_tree, folder)
+        undo.callback(machine.remove_tree, folder)  # there only if somebody wants a resolv.conf
         with (sockets or ns).open() as listens, ns.open() as asks:
             place = _Place(where, port, listens, asks)
             server = Server(service, place, folder)
