@@ -269,6 +269,8 @@ def _clear(name: str) -> None:
             Cgroup(f"{machine.CGROUP}/{machine.PREFIX}{container}").delete()
         with suppress(KernelError):
             syscalls.umount2(f"{folder}/units/{container}/rootfs", syscalls.MNT_DETACH)
+        with suppress(OSError):
+            machine.remove_tree(Path(folder, "units", container, "dns").read_text(encoding="utf-8"))
     for space in (name, *containers):
         path = f"/run/netns/{machine.PREFIX}{space}"
         with suppress(KernelError):

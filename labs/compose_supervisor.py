@@ -249,6 +249,7 @@ class Supervisor:
         if addresses:
             server = unit.undo.enter_context(dns.serve(space, DNS_ADDRESS, {}))
             self.servers[name] = (server, frozenset(addresses))
+            Path(unit.folder, "dns").write_text(server.folder, encoding="utf-8")  # for who clears up after a kill -9
             unit.undo.callback(self.servers.pop, name, None)
         return space
 

@@ -411,10 +411,11 @@ class Server:
     Attributes:
         address, port: where it is asked.
         pid: its process.
+        folder: where its resolv.conf files are.
     """
 
     def __init__(self, service: _Service, place: _Place, folder: str) -> None:
-        self.address, self.port, self._folder = place.address, place.port, folder
+        self.address, self.port, self.folder = place.address, place.port, folder
         self._domain = service.names.domain.to_text() if service.names.domain != dns.name.root else ""
         self._open = ExitStack()
         self._control, theirs = socket.socketpair()
@@ -461,8 +462,7 @@ class Server:
 
     def resolv_conf(self, *, search: Sequence[str] = (), options: Sequence[str] = ()) -> Bind:
         """A resolv.conf(5) that names this server, to be bound into a container; it goes with the server."""
-        os.makedirs(self._folder, exist_ok=True)
-        path = f"{self._folder}/{len(os.listdir(self._folder))}"
+        path = f"{self.folder}/{len(os.listdir(self.folder))}"
         with open(path, "w", encoding="ascii") as file:
             file.write(resolv_conf([self.address], search, options))
         return Bind(path, RESOLV_CONF)
@@ -531,7 +531,8 @@ def serve(ns: Netns, address: str, records: Records, *, upstream: str | None = N
     dns.rdata.load_all_types()  # type: ignore[no-untyped-call]  # nothing is imported after the fork
     folder = f"{machine.STATE}/{machine.new_name('dns')}"
     with ExitStack() as undo:
-        undo.callback(machine.remove_tree, folder)  # there only if somebody wants a resolv.conf
+        os.makedirs(folder)
+        undo.callback(machine.remove_tree, folder)
         with (sockets or ns).open() as listens, ns.open() as asks:
             place = _Place(where, port, listens, asks)
             server = Server(service, place, folder)
