@@ -26,6 +26,7 @@ from labs.errors import LabError
 RUNTIME = str(Path(__file__).parent.parent / "bin/labs-runtime")
 FIRST_WAIT, LONGEST_WAIT, STEADY = 0.1, 60.0, 10.0  # seconds
 INTERVAL, TIMEOUT, RETRIES = 30.0, 30.0, 3  # of a healthcheck that does not say otherwise
+LAST_LINES = 5.0  # seconds that what a container wrote has to arrive after its end
 KILLED_LATE = 10.0  # seconds that the kernel has to end what got SIGKILL
 
 
@@ -186,7 +187,7 @@ class Unit:
                 self._began(int(Path(pid_file).read_text(encoding="ascii")))
             probes += [asyncio.create_task(self._probe())] if self._has_probe() else []
             code = await run.wait()
-            await asyncio.wait(pumps, timeout=1.0)
+            await asyncio.wait(pumps, timeout=LAST_LINES)
         finally:
             for task in (*pumps, *probes):
                 task.cancel()
