@@ -32,16 +32,14 @@ def draw(project: Project, states: Sequence[State] = ()) -> show.Picture:
 
 
 def _service(project: Project, name: str, states: Sequence[State]) -> list[str]:
-    lines = [name]
-    for one in states:
-        lines.append(" ".join(filter(None, (str(one.number), one.status, one.health))))
+    lines = [name, *(" ".join(filter(None, (str(one.number), one.status, one.health))) for one in states)]
     lines += [f"port {port['published']} → {port['target']}" for port in project.services[name].get("ports") or ()
               if port.get("published")]
     return lines
 
 
 def timeline(events: Sequence[Event], until: float | None = None) -> show.Picture:
-    """What each container was over time, from the first event on; until: seconds since the epoch, the last event else."""
+    """What each container was over time, from the first event to the last, or until some seconds since the epoch."""
     begin, end = events[0].time, events[-1].time if until is None else until
     names = list(dict.fromkeys(one.container for one in events))
     rows = {name: list(_spans([one for one in events if one.container == name], begin, end)) for name in names}

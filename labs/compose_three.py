@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,13 +43,20 @@ class Service(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Services by name, the order in which their containers were started, and whether `up` said that it succeeded."""
+    """What a whole project came to.
+
+    Attributes:
+        succeeded: whether `up` said so.
+        order: "db, app" for every service that started after one that it depends on.
+        services: by name.
+    """
 
     succeeded: bool
     order: tuple[str, ...]
     services: Mapping[str, Service]
 
 
+LABEL = compose.LABEL
 COMMON = ("PATH=", "HOME=", "HOSTNAME=", "TERM=", "container=")
 
 
@@ -72,7 +79,7 @@ def outcomes(file: str, tools: Sequence[str] = TOOLS) -> dict[str, Outcome]:
 
 
 def differences(found: Mapping[str, Outcome]) -> dict[str, dict[str, object]]:
-    """Field → tool → value, where the tools do not agree: "order", "web.health" …"""
+    """Field, such as "order" or "web.health" → tool → value, where the tools do not agree."""
     flat = {tool: dict(_flat(outcome)) for tool, outcome in found.items()}
     fields = sorted({field for one in flat.values() for field in one})
     rows = {field: {tool: one.get(field) for tool, one in flat.items()} for field in fields}
@@ -93,15 +100,17 @@ def _labs(file: str, name: str) -> Outcome:
         succeeded = True
     except UpFailed:
         succeeded = False
-    process.until(lambda: all(one.status in KEPT and one.health != "starting" for one in compose_run.ps(name)), DEADLINE)
+    def settled() -> bool:
+        return all(one.status in KEPT and one.health != "starting" for one in compose_run.ps(name))
+    process.until(settled, DEADLINE)
     states = compose_run.ps(name)
-    started = [one.container for one in compose_run.events(name) if one.what == "started"] if states else []
+    started = {one.service: one.started for one in reversed(states) if one.started}
     services = {}
     for one in (one for one in states if one.number == 1):
         count = sum(other.service == one.service for other in states)
         env = _environment(f"/run/labs/compose/{name}/units/{one.name}/config.json")
         services[one.service] = Service(count, one.status, one.exit_code, one.health, tuple(sorted(one.networks)), env)
-    return Outcome(succeeded, _order(started, name), services)
+    return Outcome(succeeded, _order(file, started), services)
 
 
 def _environment(config: str) -> tuple[str, ...]:
@@ -113,34 +122,37 @@ def _own(env: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(one for one in env if not one.startswith(COMMON)))
 
 
-def _order(started: Sequence[str], project: str) -> tuple[str, ...]:
-    """Services in the order in which their first container started."""
-    services = (name.removeprefix(project).lstrip("-_").rpartition("-")[0] or name for name in started)
-    return tuple(dict.fromkeys(services))
+def _order(file: str, started: Mapping[str, object]) -> tuple[str, ...]:
+    """The dependencies that were kept, by when the first container of each service started."""
+    project = compose_file.load(file)
+    pairs = [(need, name) for name in project.services for need in compose.needs(project, name)]
+    return tuple(f"{need}, {name}" for need, name in sorted(pairs)
+                 if {need, name} <= set(started) and str(started[need]) < str(started[name]))
 
 
 def _docker(file: str, name: str) -> Outcome:
     done = _run("docker", "compose", "-f", file, "-p", name, "up", "-d")
-    return _outcome(done.returncode == 0, name, lambda *words: _run("docker", *words).stdout, compose.LABEL)
+    return _outcome(done.returncode == 0, file, name, "docker")
 
 
 def _podman(file: str, name: str) -> Outcome:
     done = _run("podman-compose", "-f", file, "-p", name, "up", "-d")
-    return _outcome(done.returncode == 0, name, lambda *words: _run("podman", *words).stdout, compose.LABEL)
+    return _outcome(done.returncode == 0, file, name, "podman")
 
 
-def _outcome(succeeded: bool, name: str, ask: Callable[..., str], label: str) -> Outcome:
+def _outcome(succeeded: bool, file: str, name: str, engine: str) -> Outcome:
     """The containers of a project, once none is about to change."""
     def rows() -> list[dict[str, Any]]:
-        ids = ask("ps", "-aq", "--filter", f"label={label}project={name}").split()
-        return json.loads(ask("inspect", *ids)) if ids else []
+        ids = _run(engine, "ps", "-aq", "--filter", f"label={LABEL}project={name}").stdout.split()
+        return json.loads(_run(engine, "inspect", *ids).stdout) if ids else []
 
-    def settled() -> list[dict[str, Any]] | bool:
-        found = rows()
-        return all(_status(one) in (*KEPT, "created") and _health(one) != "starting" for one in found) and (found or True)
-    found = process.until(settled, DEADLINE)
-    return Outcome(succeeded, _started(found, label), dict(_services(found, name, label))) \
-        if isinstance(found, list) else Outcome(succeeded, (), {})
+    def settled() -> bool:
+        return all(_status(one) in (*KEPT, "created") and _health(one) != "starting" for one in rows())
+    process.until(settled, DEADLINE)
+    found = sorted(rows(), key=lambda row: row["State"]["StartedAt"], reverse=True)
+    started = {row["Config"]["Labels"][f"{LABEL}service"]: row["State"]["StartedAt"] for row in found
+               if not row["State"]["StartedAt"].startswith("0001")}
+    return Outcome(succeeded, _order(file, started), dict(_services(found, name)))
 
 
 def _status(row: Mapping[str, Any]) -> str:
@@ -152,19 +164,13 @@ def _health(row: Mapping[str, Any]) -> str:
     return str((row["State"].get("Health") or row["State"].get("Healthcheck") or {}).get("Status") or "")
 
 
-def _started(rows: Sequence[Mapping[str, Any]], label: str) -> tuple[str, ...]:
-    times = sorted((row["State"]["StartedAt"], row["Config"]["Labels"][f"{label}service"]) for row in rows
-                   if not row["State"]["StartedAt"].startswith("0001"))
-    return tuple(dict.fromkeys(service for _, service in times))
-
-
-def _services(rows: Sequence[Mapping[str, Any]], name: str, label: str) -> Iterator[tuple[str, Service]]:
+def _services(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[str, Service]]:
     for row in rows:
         labels = row["Config"]["Labels"]
-        service = labels[f"{label}service"]
-        if labels[f"{label}container-number"] != "1":
+        service = labels[f"{LABEL}service"]
+        if labels[f"{LABEL}container-number"] != "1":
             continue
-        count = sum(one["Config"]["Labels"][f"{label}service"] == service for one in rows)
+        count = sum(one["Config"]["Labels"][f"{LABEL}service"] == service for one in rows)
         networks = sorted(one.removeprefix(f"{name}_") for one in row["NetworkSettings"]["Networks"]
                           if one not in ("none", "host"))
         yield service, Service(count, _status(row), row["State"]["ExitCode"], _health(row), tuple(networks),
