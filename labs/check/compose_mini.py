@@ -28,11 +28,11 @@ services:
 # Edit → what it replaces in PUZZLE, and by what.
 EDITS = {
     "comment": ("services:", "services:  # of the shop"),
-    "wait": ("worker: {image: \"busybox:lab\", depends_on: [queue]}", "worker: {image: \"busybox:lab\"}"),
+    "wait": ('worker: {image: "busybox:lab", depends_on: [queue]}', 'worker: {image: "busybox:lab"}'),
     "name": ("api: {", "api: {container_name: api, "),
     "scale": ("db: {", "db: {scale: 3, "),
-    "words": ("queue: {image: \"busybox:lab\"}", "queue: {image: \"busybox:lab\", command: [sleep, \"9\"]}"),
-    "shell": ("assets: {image: \"busybox:lab\"}", "assets: {image: \"busybox:lab\", command: []}"),
+    "words": ('queue: {image: "busybox:lab"}', 'queue: {image: "busybox:lab", command: [sleep, "9"]}'),
+    "shell": ('assets: {image: "busybox:lab"}', 'assets: {image: "busybox:lab", command: []}'),
 }
 GATE = """\
 services:
