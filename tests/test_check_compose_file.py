@@ -120,7 +120,7 @@ ASKED = "secrets: [password]"
 
 @pytest.fixture
 def vault(tmp_path):
-    """A function: a project's container with this line in its service, the file with this owner and mode, the verdict."""
+    """A function: a container with this line in its service, the file with this owner and mode, the verdict."""
     words, env = ["docker", "compose", "-p", PROJECT], os.environ | {"PASSWORD": check.SESAME}
 
     def run(*more):
