@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from labs import compose, show
 from labs.compose_file import Project
@@ -40,18 +40,21 @@ def _service(project: Project, name: str, states: Sequence[State]) -> list[str]:
 
 def timeline(events: Sequence[Event], until: float | None = None) -> show.Picture:
     """What each container was over time, from the first event to the last, or until some seconds since the epoch."""
-    begin, end = events[0].time, events[-1].time if until is None else until
-    names = list(dict.fromkeys(one.container for one in events))
-    rows = {name: list(_spans([one for one in events if one.container == name], begin, end)) for name in names}
+    names = dict.fromkeys(one.container for one in events)
     said = {name: ", ".join(one.what for one in events if one.container == name) for name in names}
-    return show.timeline(rows, alt="\n".join(f"{name}: {text}" for name, text in said.items()))
+    return show.timeline(spans(events, until), alt="\n".join(f"{name}: {text}" for name, text in said.items()))
 
 
-def _spans(events: Sequence[Event], begin: float, end: float) -> Iterator[tuple[float, float, str]]:
-    turns = [(one.time, TURNS.get(one.what, "")) for one in events]
-    for (start, kind), (stop, _) in zip(turns, [*turns[1:], (end, "")], strict=True):
-        if kind and kind != OVER:
-            yield start - begin, stop - begin, kind
+def spans(events: Sequence[Event], until: float | None = None) -> dict[str, list[tuple[float, float, str]]]:
+    """Container → from when to when it was what, in seconds since the first event."""
+    begin, end = events[0].time, events[-1].time if until is None else until
+    found: dict[str, list[tuple[float, float, str]]] = {one.container: [] for one in events}
+    for name, rows in found.items():
+        turns = [(one.time - begin, TURNS.get(one.what, OVER)) for one in events if one.container == name]
+        for (start, kind), (stop, _) in zip(turns, [*turns[1:], (end - begin, OVER)], strict=True):
+            if kind != OVER and stop > start:
+                rows.append((start, stop, kind))
+    return found
 
 
 def summary(states: Sequence[State]) -> Mapping[str, str]:
