@@ -46,13 +46,13 @@ class TestTerms:
         assert check.terms(check.TERMS)
 
     @pytest.mark.parametrize(("job", "given", "hint"), [
-        ("which machine has room", "kubelet", "機械を選ぶだけ"), ("remember what is wanted", "scheduler", "覚えるだけ"),
-        ("one name and address for the copies", "DNS", "選べる名前"),
-        ("three copies on any machine", "Deployment", "数を保つ者"),
-        ("start the containers of this machine", "", "答えがまだ"),
-        ("replace copies one by one with a new image", "ReplicaSet", "持ち替える者"),
-        ("start the containers of this machine", "scheduler", "一人ずつ"),
-        ("one name and address for the copies", "etcd", "変わらない入口"),
+        ("choose a machine", "kubelet", "機械を選ぶだけ"), ("remember the wish", "scheduler", "覚えるだけ"),
+        ("one address for copies", "DNS", "選べる名前"),
+        ("keep three copies", "Deployment", "数を保つ者"),
+        ("start containers here", "", "答えがまだ"),
+        ("roll out a new image", "ReplicaSet", "持ち替える者"),
+        ("start containers here", "scheduler", "一人ずつ"),
+        ("one address for copies", "etcd", "変わらない入口"),
     ])
     def test_hints(self, job, given, hint):
         verdict = check.terms(check.TERMS | {job: given})

@@ -15,12 +15,12 @@ CASES: tuple[tuple[set[str], set[str], str], ...] = (
     ({"a", "b", "c"}, {"b"}, "一つだけ残っているとき"), ({"a"}, {"a", "b", "c"}, "多すぎるとき"),
     ({"b", "c"}, {"a", "b"}, "足りないものと、余るものが両方あるとき"), (set(), {"a"}, "何も望まないとき"))
 TERMS = {
-    "three copies on any machine": "ReplicaSet",
-    "replace copies one by one with a new image": "Deployment",
-    "one name and address for the copies": "Service",
-    "which machine has room": "scheduler",
-    "start the containers of this machine": "kubelet",
-    "remember what is wanted": "etcd",
+    "keep three copies": "ReplicaSet",
+    "roll out a new image": "Deployment",
+    "one address for copies": "Service",
+    "choose a machine": "scheduler",
+    "start containers here": "kubelet",
+    "remember the wish": "etcd",
 }
 
 
