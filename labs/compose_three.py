@@ -63,10 +63,11 @@ COMMON = ("PATH=", "HOME=", "HOSTNAME=", "TERM=", "container=")
 @contextmanager
 def running(tool: str, file: str, name: str) -> Iterator[Outcome]:
     """A file up under one of TOOLS, as project name; down at the end, volumes too."""
+    path = os.path.abspath(file)  # podman-compose goes to its directory first
     try:
-        yield {"labs": _labs, "docker": _docker, "podman": _podman}[tool](file, name)
+        yield {"labs": _labs, "docker": _docker, "podman": _podman}[tool](path, name)
     finally:
-        _down(tool, file, name)
+        _down(tool, path, name)
 
 
 def outcomes(file: str, tools: Sequence[str] = TOOLS) -> dict[str, Outcome]:
