@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from labs import process
 from labs.check import Steps, exercise
@@ -24,6 +25,26 @@ CONDITIONS = {"db": "service_healthy", "migrate": "service_completed_successfull
 WAKES, NOTICED = 40, 20
 TIMES, KEYS = ("interval", "timeout", "start_period"), {"interval", "timeout", "retries", "start_period"}
 GRACE = 1.0
+SERVICE = "com.docker.compose.service"
+
+
+class Event(NamedTuple):
+    """Something that befell a container: seconds after the asked moment, its service, what, and the event's attributes."""
+
+    when: float
+    service: str
+    action: str
+    more: dict[str, str]
+
+
+def events(since: float) -> Iterator[Event]:
+    """What `docker events` tells of containers from that moment (seconds since the epoch) until now."""
+    words = ["docker", "events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}"]
+    words += ["--filter", "type=container", "--format", "json"]
+    for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
+        one = json.loads(line)
+        more = one["Actor"]["Attributes"]
+        yield Event(one["timeNano"] / 1e9 - since, more.get(SERVICE, ""), one["Action"], more)
 
 
 def config(text: str) -> tuple[dict[str, Any], str]:
