@@ -24,7 +24,7 @@ services:
     (check.NAIVE, "`app` は `db` を `service_started` で待っています"),
     (check.NAIVE.replace("[db, migrate]", "[migrate]"), "`depends_on` に `db` がありません"),
     (GATED.replace("service_completed_successfully", "service_started"), "`app` は `migrate` を `service_started`"),
-    (GATED.replace("healthcheck: {test: [CMD, redis-cli, ping], interval: 1s}", ""), "`healthcheck` の `test` がありません"),
+    (GATED.replace("healthcheck: {test: [CMD, redis-cli, ping], interval: 1s}", ""), "に `healthcheck` の `test` が"),
     (GATED.replace("[CMD, redis-cli, ping]", "[NONE]"), "`NONE` は検査を消します"),
     (GATED.replace("redis-cli, ping", '"true"'), "`db` の検査が `true` です"),
 ])
