@@ -197,7 +197,7 @@ class Unit:
             os.close(self._pidfd)
             self._pidfd = -1
         code = 128 - code if code < 0 else code
-        self._set("died", pid=0, exit_code=code, finished=time.time())
+        self._set("died", pid=0, exit_code=code, finished=time.time(), health="")
         return code
 
     def _began(self, pid: int) -> None:
