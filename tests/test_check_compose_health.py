@@ -92,5 +92,5 @@ def test_events_tell_the_life_of_a_container_and_nothing_from_before():
     assert [one.action for one in seen if one.action in ("create", "start", "die")] == ["create", "start", "die"]
     assert {one.service for one in seen} == {"web"}
     assert next(one.more["exitCode"] for one in seen if one.action == "die") == "3"
-    assert all(0 < one.when for one in seen)
+    assert all(one.when > 0 for one in seen)
     assert not [one for one in check.events(time.time()) if one.more["name"] == "labs-events"]
