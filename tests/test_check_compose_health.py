@@ -1,5 +1,8 @@
 """The exercises of 07-compose/02-order-and-health: each wrong answer gives its hint, the solution passes."""
 
+import subprocess
+import time
+
 import pytest
 
 from labs.check import compose_health as check
@@ -78,3 +81,16 @@ def test_stops_hints(script, hint):
 def test_stops_passes():
     assert not check.stops(...)
     assert check.stops("trap 'echo bye; exit 0' TERM; sleep 1000 & wait")
+
+
+@pytest.mark.machine
+def test_events_tell_the_life_of_a_container_and_nothing_from_before():
+    since = time.time()
+    words = ["docker", "run", "--rm", "--name", "labs-events", "--network", "none", "--label", f"{check.SERVICE}=web"]
+    subprocess.run([*words, "busybox:lab", "sh", "-c", "exit 3"], check=False)
+    seen = [one for one in check.events(since) if one.more["name"] == "labs-events"]
+    assert [one.action for one in seen if one.action in ("create", "start", "die")] == ["create", "start", "die"]
+    assert {one.service for one in seen} == {"web"}
+    assert next(one.more["exitCode"] for one in seen if one.action == "die") == "3"
+    assert all(one.when > 0 for one in seen)
+    assert not [one for one in check.events(time.time()) if one.more["name"] == "labs-events"]
