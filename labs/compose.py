@@ -19,7 +19,8 @@ from labs.compose_yaml import ComposeError, Path, Place
 
 LABEL = "com.docker.compose."
 STARTED, HEALTHY, COMPLETED = "service_started", "service_healthy", "service_completed_successfully"
-# What does not change a container, as in Docker Compose's ServiceHash.
+# What does not change a container.  Docker Compose leaves these out too, but for depends_on (in 2.26): there a new
+# order of start makes a service anew.
 NOT_HASHED = ("build", "pull_policy", "scale", "depends_on", "profiles", "deploy.replicas")
 # What the runner carries out, by the key of a service; every other key is refused by name.
 SERVICE_KEYS = {
