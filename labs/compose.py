@@ -15,7 +15,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 from labs.compose_file import Project, error
-from labs.compose_yaml import ComposeError, Path, Place
+from labs.compose_yaml import ComposeError, Path, Position
 
 LABEL = "com.docker.compose."
 STARTED, HEALTHY, COMPLETED = "service_started", "service_healthy", "service_completed_successfully"
@@ -115,7 +115,7 @@ def _cycle(project: Project, found: list[str]) -> CycleError:
     names = [*around[first:], *around[:first + 1]]
     plain = error(project, ("services", names[0], "depends_on", names[1]), names[1],
                   f"a circle: {' → '.join(names)}")
-    made = CycleError(Place(plain.file, plain.line, plain.column), plain.key, plain.value, plain.rule)
+    made = CycleError(Position(plain.file, plain.line, plain.column), plain.key, plain.value, plain.rule)
     made.cycle = names
     return made
 

@@ -21,7 +21,7 @@ from jsonschema.exceptions import ValidationError, best_match
 
 from labs import compose_env, compose_forms
 from labs.compose_forms import BadForm
-from labs.compose_yaml import ComposeError, Document, Path, Place, dotted, parse, place_of
+from labs.compose_yaml import ComposeError, Document, Path, Position, dotted, parse, place_of
 from labs.errors import BadInput
 
 SCHEMA = File("/usr/share/gocode/src/github.com/compose-spec/compose-go/schema/compose-spec.json")
@@ -50,7 +50,7 @@ class Project(NamedTuple):
     volumes: dict[str, dict[str, Any]]
     secrets: dict[str, dict[str, Any]]
     configs: dict[str, dict[str, Any]]
-    places: Mapping[Path, Place]
+    places: Mapping[Path, Position]
 
     def json(self) -> dict[str, Any]:
         """As `docker compose config --format json` has it; what is empty is left out."""
@@ -58,7 +58,7 @@ class Project(NamedTuple):
         return found | {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind)}
 
 
-def error(places: Project | Mapping[Path, Place], path: Path, value: object, rule: str) -> ComposeError:
+def error(places: Project | Mapping[Path, Position], path: Path, value: object, rule: str) -> ComposeError:
     """The error about what stands at a path."""
     known = places.places if isinstance(places, Project) else places
     return ComposeError(place_of(known, path), dotted(path), value, rule)
@@ -175,7 +175,7 @@ class _Loader:
         """One file with its variables replaced, valid by the schema."""
         document = parse(_text(path, "compose file"), os.path.basename(path))
         if document.value is None:
-            raise error({(): Place(document.file, 0, 0)}, (), None, "the file is empty")
+            raise error({(): Position(document.file, 0, 0)}, (), None, "the file is empty")
         document = document._replace(value=self._interpolated(document.value, document, ()))
         _check_schema(document)
         return document
@@ -332,7 +332,7 @@ def merge(base: Document, over: Document) -> Document:
     return Document(base.file, value, {**_less(base.places, over.places), **over.places}, {})
 
 
-def _less(places: Mapping[Path, Place], over: Mapping[Path, Place]) -> dict[Path, Place]:
+def _less(places: Mapping[Path, Position], over: Mapping[Path, Position]) -> dict[Path, Position]:
     """Places without those of list entries to which another file adds: their numbers no longer fit."""
     return {path: place for path, place in places.items()
             if not any(isinstance(part, int) and path[:number] in over for number, part in enumerate(path))}

@@ -22,7 +22,7 @@ TAGS = ("!reset", "!override")
 Path = tuple[str | int, ...]
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where something stands: line and column count from 1."""
 
     file: str
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 class ComposeError(BadInput):
     """``key`` at a place holds ``value``, which breaks ``rule``: "compose.yaml:7:5: services.web.image: 7: …"."""
 
-    def __init__(self, place: Place, key: str, value: object, rule: str) -> None:
+    def __init__(self, place: Position, key: str, value: object, rule: str) -> None:
         super().__init__(key, value, rule)
         self.file, self.line, self.column = place
         self.key = key
@@ -46,7 +46,7 @@ class Document(NamedTuple):
 
     file: str
     value: Any
-    places: dict[Path, Place]
+    places: dict[Path, Position]
     tags: dict[Path, str]
 
 
@@ -79,15 +79,15 @@ def parse(text: str, file: str = "compose.yaml") -> Document:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file, 0, 0)
+        place = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file, 0, 0)
         raise ComposeError(place, "YAML", _line_of(text, place), str(error.problem or error.context)) from None
     except yaml.YAMLError as error:  # a character that no YAML may hold
-        raise ComposeError(Place(file, 0, 0), "YAML", file, str(error).splitlines()[0]) from None
+        raise ComposeError(Position(file, 0, 0), "YAML", file, str(error).splitlines()[0]) from None
     document = Document(file, None, {}, {})
     return document if root is None else document._replace(value=_Reader(document).value(root, ()))
 
 
-def _line_of(text: str, place: Place) -> str:
+def _line_of(text: str, place: Position) -> str:
     lines = text.splitlines()
     return lines[place.line - 1].strip()[:60] if 0 < place.line <= len(lines) else ""
 
@@ -165,8 +165,8 @@ class _Reader:
             return None
         return text
 
-    def _place(self, node: yaml.Node) -> Place:
-        return Place(self._document.file, node.start_mark.line + 1, node.start_mark.column + 1)
+    def _place(self, node: yaml.Node) -> Position:
+        return Position(self._document.file, node.start_mark.line + 1, node.start_mark.column + 1)
 
     def _error(self, node: yaml.Node, path: Path, value: object, rule: str) -> ComposeError:
         return ComposeError(self._place(node), dotted(path) or "YAML", value, rule)
@@ -179,8 +179,8 @@ def _integer(text: str) -> int:
     return int(text, base)
 
 
-def place_of(places: Mapping[Path, Place], path: Path) -> Place:
+def place_of(places: Mapping[Path, Position], path: Path) -> Position:
     """The place of a path, or of the nearest thing above it that stands in a file."""
     while path and path not in places:
         path = path[:-1]
-    return places.get(path, Place("compose.yaml", 0, 0))
+    return places.get(path, Position("compose.yaml", 0, 0))
