@@ -154,16 +154,16 @@ class _Reader:
         return str(node.value)
 
     def _scalar(self, node: yaml.Node) -> Any:
-        kind, text = node.tag.rpartition(":")[2], str(node.value)
+        text = str(node.value)
+        tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False)) if node.tag in TAGS else node.tag
+        kind = str(tag).rpartition(":")[2]
         if kind == "int":
             return _integer(text.replace("_", ""))
         if kind == "float":
             return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
         if kind == "bool":
             return text.lower() == "true"
-        if kind == "null" or (node.tag in TAGS and not text):
-            return None
-        return text
+        return None if kind == "null" else text
 
     def _place(self, node: yaml.Node) -> Position:
         return Position(self._document.file, node.start_mark.line + 1, node.start_mark.column + 1)
