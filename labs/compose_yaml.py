@@ -155,7 +155,8 @@ class _Reader:
 
     def _scalar(self, node: yaml.Node) -> Any:
         text = str(node.value)
-        tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False)) if node.tag in TAGS else node.tag
+        plain = _Loader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        tag = plain if node.tag in TAGS else node.tag
         kind = str(tag).rpartition(":")[2]
         if kind == "int":
             return _integer(text.replace("_", ""))
