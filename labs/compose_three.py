@@ -1,7 +1,8 @@
-"""The same compose file under labs, `docker compose` and `podman-compose`, and what came of it, in one form.
+"""The same compose files under labs, `docker compose` and `podman-compose`, and what came of them, in one form.
 
-Docker is asked through its API (labs.engine), Podman by `podman ps` and `podman inspect`, whose answers have Docker's
-form. Every tool gets a project name of its own, so that they may run side by side.
+Docker and Podman are asked by `ps` and `inspect`, whose answers have the same form. Every project bears a name of its
+tool, so that the tools may run side by side. Many small files are brought up side by side too, and looked at together:
+what costs time is asking.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from labs import compose, compose_file, compose_run, process
-from labs.compose_supervisor import UpFailed
-from labs.errors import LabError
+from labs.compose_unit import State
+from labs.errors import LabError, Timeout
 
 TOOLS = ("labs", "docker", "podman")
-DEADLINE = 120.0  # seconds that containers have to become what they should be
-KEPT = ("running", "exited")
+DEADLINE = 120.0  # seconds that `up` may take, and then containers to become what they should be
+STEADY = 1.0  # seconds without a change after which nothing more is expected
+WORKERS = 4  # files that are brought up or down side by side
+LABEL = compose.LABEL
+COMMON = ("PATH=", "HOME=", "HOSTNAME=", "TERM=", "container=")
 
 
 class Service(NamedTuple):
@@ -27,7 +33,7 @@ class Service(NamedTuple):
 
     Attributes:
         containers: how many there are.
-        status: "running" or "exited".
+        status: "running", "exited", or "created" where it could not be started.
         exit_code: of the first container, 0 while it runs.
         health: "", "healthy" or "unhealthy".
         networks: by the names that the file has.
@@ -46,9 +52,9 @@ class Outcome(NamedTuple):
     """What a whole project came to.
 
     Attributes:
-        succeeded: whether `up` said so.
+        succeeded: whether `up` said so; where it hung, it did not.
         order: "db, app" for every service that started after one that it depends on.
-        services: by name.
+        services: by name; none where the file was refused.
     """
 
     succeeded: bool
@@ -56,22 +62,45 @@ class Outcome(NamedTuple):
     services: Mapping[str, Service]
 
 
-LABEL = compose.LABEL
-COMMON = ("PATH=", "HOME=", "HOSTNAME=", "TERM=", "container=")
+class Container(NamedTuple):
+    """One container as any of the tools shows it; started orders those of one tool, "" if it never was."""
+
+    project: str
+    service: str
+    number: int
+    started: str
+    as_service: Service
 
 
 @contextmanager
 def running(tool: str, file: str, name: str) -> Iterator[Outcome]:
     """A file up under one of TOOLS, as project name; down at the end, volumes too."""
-    path = os.path.abspath(file)  # podman-compose goes to its directory first
+    with running_all(tool, {name: file}) as found:
+        yield found[name]
+
+
+@contextmanager
+def running_all(tool: str, files: Mapping[str, str]) -> Iterator[dict[str, Outcome]]:
+    """Files up side by side, as the projects that they are given by; all down at the end, volumes too.
+
+    The first one is up before the others begin, and until they have ended: what all share is made and removed once.
+    Raises LabError where a tool left containers.
+    """
+    paths = {name: os.path.abspath(file) for name, file in files.items()}  # podman-compose goes to the directory first
+    first, *rest = paths
     try:
-        yield {"labs": _labs, "docker": _docker, "podman": _podman}[tool](path, name)
+        succeeded = {first: _up(tool, paths[first], first)}
+        succeeded |= dict(zip(rest, _side_by_side(lambda name: _up(tool, paths[name], name), rest), strict=True))
+        containers = _settled(tool, list(paths))
+        yield {name: _outcome(succeeded[name], paths[name], [one for one in containers if one.project == name])
+               for name in paths}
     finally:
-        _down(tool, path, name)
+        _side_by_side(lambda name: _down(tool, paths[name], name), rest)
+        _down(tool, paths[first], first)
 
 
 def outcomes(file: str, tools: Sequence[str] = TOOLS) -> dict[str, Outcome]:
-    """One after the other, each alone."""
+    """One tool after the other, each alone."""
     found = {}
     for tool in tools:
         with running(tool, file, f"labs-{tool}") as outcome:
@@ -94,100 +123,112 @@ def _flat(outcome: Outcome) -> Iterator[tuple[str, object]]:
         yield from ((f"{name}.{field}", value) for field, value in service._asdict().items())
 
 
-def _labs(file: str, name: str) -> Outcome:
-    project = compose_file.load(file, project=name)
-    try:
-        compose_run.up(project)
-        succeeded = True
-    except UpFailed:
-        succeeded = False
-    def settled() -> bool:
-        return all(one.status in KEPT and one.health != "starting" for one in compose_run.ps(name))
-    process.until(settled, DEADLINE)
-    states = compose_run.ps(name)
-    started = {one.service: one.started for one in reversed(states) if one.started}
-    services = {}
-    for one in (one for one in states if one.number == 1):
-        count = sum(other.service == one.service for other in states)
-        env = _environment(f"/run/labs/compose/{name}/units/{one.name}/config.json")
-        services[one.service] = Service(count, one.status, one.exit_code, one.health, tuple(sorted(one.networks)), env)
-    return Outcome(succeeded, _order(file, started), services)
+def _side_by_side(work: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(work, names))
 
 
-def _environment(config: str) -> tuple[str, ...]:
-    with open(config, encoding="utf-8") as file:
-        return _own(json.load(file)["process"]["env"])
+def _settled(tool: str, names: Sequence[str]) -> list[Container]:
+    """Their containers, once none is about to change and none did for STEADY seconds; after DEADLINE as they are."""
+    seen: list[Container] = []
+    since = 0.0
+
+    def steady() -> bool:
+        nonlocal seen, since
+        now = sorted(_look(tool, names))
+        if now != seen:
+            seen, since = now, time.monotonic()
+        waiting = any(one.as_service.health == "starting" or one.as_service.status == "restarting" for one in now)
+        return not waiting and (not now or time.monotonic() - since >= STEADY)
+    with suppress(Timeout):
+        process.until(steady, DEADLINE)
+    return seen
 
 
-def _own(env: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(one for one in env if not one.startswith(COMMON)))
+def _outcome(succeeded: bool, file: str, containers: Sequence[Container]) -> Outcome:
+    services = {one.service: one.as_service._replace(containers=sum(other.service == one.service for other in containers))
+                for one in containers if one.number == 1}
+    return Outcome(succeeded, _order(file, containers), services)
 
 
-def _order(file: str, started: Mapping[str, object]) -> tuple[str, ...]:
+def _order(file: str, containers: Sequence[Container]) -> tuple[str, ...]:
     """The dependencies that were kept, by when the first container of each service started."""
+    started = {one.service: one.started for one in containers if one.number == 1 and one.started}
+    if len(started) < 2:
+        return ()
     project = compose_file.load(file)
     pairs = [(need, name) for name in project.services for need in compose.needs(project, name)]
     return tuple(f"{need}, {name}" for need, name in sorted(pairs)
-                 if {need, name} <= set(started) and str(started[need]) < str(started[name]))
+                 if {need, name} <= set(started) and started[need] < started[name])
 
 
-def _docker(file: str, name: str) -> Outcome:
-    done = _run("docker", "compose", "-f", file, "-p", name, "up", "-d")
-    return _outcome(done.returncode == 0, file, name, "docker")
+# What each tool does
 
 
-def _podman(file: str, name: str) -> Outcome:
-    done = _run("podman-compose", "-f", file, "-p", name, "up", "-d")
-    return _outcome(done.returncode == 0, file, name, "podman")
-
-
-def _outcome(succeeded: bool, file: str, name: str, engine: str) -> Outcome:
-    """The containers of a project, once none is about to change."""
-    def rows() -> list[dict[str, Any]]:
-        ids = _run(engine, "ps", "-aq", "--filter", f"label={LABEL}project={name}").stdout.split()
-        return json.loads(_run(engine, "inspect", *ids).stdout) if ids else []
-
-    def settled() -> bool:
-        return all(_status(one) in (*KEPT, "created") and _health(one) != "starting" for one in rows())
-    process.until(settled, DEADLINE)
-    found = sorted(rows(), key=lambda row: row["State"]["StartedAt"], reverse=True)
-    started = {row["Config"]["Labels"][f"{LABEL}service"]: row["State"]["StartedAt"] for row in found
-               if not row["State"]["StartedAt"].startswith("0001")}
-    return Outcome(succeeded, _order(file, started), dict(_services(found, name)))
-
-
-def _status(row: Mapping[str, Any]) -> str:
-    return str(row["State"]["Status"])
-
-
-def _health(row: Mapping[str, Any]) -> str:
-    """Docker leaves Health out where there is no check, Podman gives it empty."""
-    return str((row["State"].get("Health") or row["State"].get("Healthcheck") or {}).get("Status") or "")
-
-
-def _services(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[str, Service]]:
-    for row in rows:
-        labels = row["Config"]["Labels"]
-        service = labels[f"{LABEL}service"]
-        if labels[f"{LABEL}container-number"] != "1":
-            continue
-        count = sum(one["Config"]["Labels"][f"{LABEL}service"] == service for one in rows)
-        networks = sorted(one.removeprefix(f"{name}_") for one in row["NetworkSettings"]["Networks"]
-                          if one not in ("none", "host"))
-        yield service, Service(count, _status(row), row["State"]["ExitCode"], _health(row), tuple(networks),
-                               _own(row["Config"]["Env"] or ()))
+def _up(tool: str, file: str, name: str) -> bool:
+    """Whether it succeeded."""
+    if tool == "labs":
+        try:
+            compose_run.up(compose_file.load(file, project=name))
+        except LabError:
+            return False
+        return True
+    with suppress(subprocess.TimeoutExpired):
+        return _run(*_client(tool), "-f", file, "-p", name, "up", "-d").returncode == 0
+    return False
 
 
 def _down(tool: str, file: str, name: str) -> None:
     if tool == "labs":
         compose_run.down(name, volumes=True)
         return
-    line = {"docker": ["docker", "compose"], "podman": ["podman-compose"]}[tool]
-    done = _run(*line, "-f", file, "-p", name, "down", "-v", "-t", "1")
-    if done.returncode:
+    done = _run(*_client(tool), "-f", file, "-p", name, "down", "-v", "-t", "1")
+    if done.returncode and _look(tool, [name]):  # a file that was refused cannot be brought down either
         raise LabError(f"{tool}: down failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _look(tool: str, names: Sequence[str]) -> list[Container]:
+    """The containers of those projects."""
+    if tool == "labs":
+        return [_own(name, state) for name in names for state in compose_run.ps(name)]
+    ids = _run(tool, "ps", "-aq", "--filter", f"label={LABEL}project").stdout.split()
+    rows = json.loads(_run(tool, "inspect", *ids).stdout) if ids else []
+    return [_inspected(row) for row in rows if row["Config"]["Labels"][f"{LABEL}project"] in names]
+
+
+def _own(project: str, state: State) -> Container:
+    """As labs shows it; the environment is that of config.json, which labs-runtime was given."""
+    with open(f"/run/labs/compose/{project}/units/{state.name}/config.json", encoding="utf-8") as file:
+        env = json.load(file)["process"]["env"]
+    started = f"{state.started:.6f}" if state.started else ""
+    return Container(project, state.service, state.number, started, Service(
+        1, state.status, state.exit_code, state.health, tuple(sorted(state.networks)), _given(env)))
+
+
+def _inspected(row: Mapping[str, Any]) -> Container:
+    """As `docker inspect` and `podman inspect` show it; the year 1 stands for never."""
+    labels, state = row["Config"]["Labels"], row["State"]
+    project, started = labels[f"{LABEL}project"], state["StartedAt"]
+    networks = sorted(one.removeprefix(f"{project}_") for one in row["NetworkSettings"]["Networks"] or ()
+                      if one not in ("none", "host"))
+    return Container(project, labels[f"{LABEL}service"], int(labels[f"{LABEL}container-number"]),
+                     "" if started.startswith("0001") else started, Service(
+        1, state["Status"], state["ExitCode"], _health(state), tuple(networks), _given(row["Config"]["Env"] or ())))
+
+
+def _health(state: Mapping[str, Any]) -> str:
+    """Docker leaves Health out where there is no check, Podman gives it empty."""
+    return str((state.get("Health") or state.get("Healthcheck") or {}).get("Status") or "")
+
+
+def _given(env: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(one for one in env if not one.startswith(COMMON)))
+
+
+def _client(tool: str) -> list[str]:
+    return {"docker": ["docker", "compose"], "podman": ["podman-compose"]}[tool]
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"COMPOSE_ANSI": "never", "PODMAN_COMPOSE_WARNING_LOGS": "false"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=env)
+    return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False, env=env)
