@@ -538,7 +538,7 @@ async def _serve(name: str, folder: str) -> None:
         server = await asyncio.start_unix_server(client, f"{folder}/socket", limit=LINE)
         told: list[asyncio.Task[Any]] = []
         def end() -> None:
-            told.append(asyncio.create_task(supervisor.answer({"do": "down", "volumes": False}, bool)))
+            told.append(asyncio.create_task(supervisor.answer({"do": "down", "volumes": False}, print)))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, end)
         await supervisor.over.wait()

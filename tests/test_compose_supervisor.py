@@ -48,7 +48,56 @@ def until(condition):
 def supervisors():
     """Without the DNS servers, which are children of the one."""
     found = [pid for pid in process.pids() if process.cmdline(pid)[-2:] == ["labs.compose_supervisor", NAME]]
-    return [pid for pid in found if int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1]) not in found]
+    parents = {pid: Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1] for pid in found}
+    return [pid for pid in found if int(parents[pid]) not in found]
+
+
+# The application of the book
+
+
+SHOP = """
+redis: {image: 'redis:lab', command: redis-server --bind 0.0.0.0 --protected-mode no --save "", stop_signal: SIGKILL}
+app:
+  image: webapp:lab
+  environment: {REDIS_HOST: redis, GREETING: %s}
+  depends_on: [redis]
+  stop_signal: SIGKILL
+  healthcheck: {test: [CMD, bash, -c, 'echo >/dev/tcp/127.0.0.1/8000'], interval: 200ms, retries: 100}
+web:
+  image: nginx:lab
+  ports: ['8080:80']
+  configs: [{source: proxy, target: /etc/nginx/sites-available/default}]
+  depends_on: {app: {condition: service_healthy}}
+  stop_signal: SIGKILL
+"""
+PROXY = """configs:
+  proxy:
+    content: |
+      server {
+        listen 80;
+        resolver 127.0.0.11 valid=1s;
+        set $$app app;
+        location / { proxy_pass http://$$app:8000; }
+      }
+"""
+
+
+def test_nginx_webapp_and_redis(project):
+    def visit():
+        return until(lambda: HOST.run(["curl", "-sf", "http://127.0.0.1:8080/"], check=False))
+
+    def count(text):
+        return int("".join(filter(str.isdigit, text)))
+
+    compose_run.up(project(SHOP % "hello", top=PROXY))
+    first = visit()
+    assert "hello" in first
+    before = states()
+    actions = compose_run.up(project(SHOP % "konnichiwa", top=PROXY))
+    assert {one.service: one.kind for one in actions} == {"redis": "keep", "app": "recreate", "web": "keep"}
+    second = until(lambda: (text := visit()) and "konnichiwa" in text and text)
+    assert count(second) > count(first)  # redis counts on: it is the same container
+    assert [name for name, one in states().items() if one != before[name]] == ["app-1"]
 
 
 # Asked for twice, or not to the end
