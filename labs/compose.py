@@ -8,6 +8,7 @@ wanted and what is there, never from what was done before: the same call repairs
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError as GraphCycle
 from graphlib import TopologicalSorter
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from labs.compose_file import Project, error
 from labs.compose_yaml import ComposeError, Path, Position
+from labs.errors import BadInput
 
 LABEL = "com.docker.compose."
 STARTED, HEALTHY, COMPLETED = "service_started", "service_healthy", "service_completed_successfully"
@@ -181,10 +183,23 @@ def _step(project: Project, one: Held | None, service: str, number: int) -> Acti
     return Action("start", service, number, one.status)
 
 
+def signal_number(name: str) -> int:
+    """A signal as stop_signal may give it: SIGTERM, TERM, 15, SIGRTMIN+3 (signal(7)).  Raises BadInput."""
+    base, _, more = name.upper().removeprefix("SIG").partition("+")
+    number = int(base) if base.isdigit() else getattr(signal, f"SIG{base}", 0)
+    if (more and not more.isdigit()) or number + int(more or 0) not in signal.valid_signals():
+        raise BadInput("stop_signal", name, "must be a signal's name or number")
+    return number + int(more or 0)
+
+
 def refuse_unsupported(project: Project) -> None:
     """Refuse by name, with line and column, what the runner would have to ignore."""
     for name, service in project.services.items():
         _refuse(project, ("services", name), service, SERVICE_KEYS)
+        try:
+            signal_number(str(service.get("stop_signal") or "SIGTERM"))
+        except BadInput as problem:
+            raise error(project, ("services", name, "stop_signal"), problem.value, problem.rule) from None
         for key, known in BELOW.items():
             value: Any = service
             for part in key.split("."):

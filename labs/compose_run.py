@@ -7,6 +7,7 @@ cleared away by the next call.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -18,16 +19,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from labs import build, compose, compose_supervisor, image, machine, process, registry, syscalls
+from labs import build, compose, compose_refuse, compose_supervisor, image, machine, process, registry, syscalls
 from labs.cgroup import Cgroup
 from labs.compose import Action
 from labs.compose_file import Project, error
 from labs.compose_supervisor import FOLDER, Event, UpFailed
 from labs.compose_unit import State
-from labs.errors import BadInput, KernelError, LabError, RegistryError
+from labs.errors import BadInput, KernelError, LabError, RegistryError, Timeout
 
 LAYOUT = "/opt/labs/images"
-LAYERS = f"{machine.DATA}/compose"  # unpacked layers, while any project is up
+LAYERS = f"{machine.DATA}/{machine.PREFIX}compose"  # unpacked layers, while any project is up
 COLOURS = (36, 33, 32, 35, 34, 96, 93, 92)  # of console_codes(4)
 DEADLINE = 60.0  # seconds that a supervisor has to come up
 
@@ -41,25 +42,28 @@ class Result(NamedTuple):
 
 
 def up(project: Project, *, services: Collection[str] = (), scale: Mapping[str, int] | None = None, wait: bool = False,
-       tell: Callable[[str], object] = bool) -> list[Action]:
+       build: bool = False, tell: Callable[[str], object] = bool) -> list[Action]:
     """Make a project what its file says: start what is missing, recreate what changed, leave the rest alone.
 
     services: only those and what they depend on.  scale: service → number of containers, over the file's.
-    wait: return when everything that has a healthcheck is healthy.  tell: is given a line a step.
+    wait: return when everything runs, and what has a healthcheck is healthy.  build: images that the file builds are
+    built even if they are there.  tell: is given a line a step.
 
     Raises ComposeError for what labs does not do, CycleError, BadInput for an image that is nowhere: then nothing has
     been touched.  Raises UpFailed where something did not start or never became healthy; what was started stays.
     """
     machine.require()
     compose.refuse_unsupported(project)
-    compose.order(project, services)
+    compose_refuse.refuse(project)
+    names = [name for level in compose.order(project, services) for name in level]
     for name, count in (scale or {}).items():
         if name not in project.services or count < 0:
             raise BadInput("scale", {name: count}, "must be services of the file, and 0 or more")
-    images = {name: _image(project, name, tell) for name in project.services}
+    with _alone():
+        images = {name: _image(project, name, build, tell) for name in names}
+        _begin(project.name)
     request = {"do": "up", "project": {key: value for key, value in project._asdict().items() if key != "places"},
                "images": images, "scale": dict(scale or {}), "services": list(services), "wait": wait}
-    _begin(project.name)
     try:
         return [Action(*row) for row in _ask(project.name, request, tell)]
     except UpFailed:
@@ -78,6 +82,11 @@ def events(name: str) -> list[Event]:
     return [Event(*row) for row in _ask(name, {"do": "events"})]
 
 
+def ports(name: str) -> dict[str, list[str]]:
+    """The published ports of every container, as "0.0.0.0:8080->80/tcp", in the project's network namespace."""
+    return dict(_ask(name, {"do": "ports"}))
+
+
 def logs(name: str, services: Collection[str] = (), *, colour: bool = False, prefix: bool = True) -> str:
     """What containers wrote, in the order of time, each line after the name of its container."""
     rows: list[tuple[float, str, str]] = []
@@ -92,7 +101,7 @@ def logs(name: str, services: Collection[str] = (), *, colour: bool = False, pre
 
 def _log(name: str, container: str) -> Iterator[dict[str, Any]]:
     with suppress(FileNotFoundError), open(f"{FOLDER}/{name}/units/{container}/log", encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        yield from (json.loads(line) for line in file if line.endswith("\n"))  # the last may be being written
 
 
 def _prefix(name: str, width: int, colour: int) -> str:
@@ -134,56 +143,75 @@ def down(name: str, *, volumes: bool = False) -> None:
     if _is_up(name):
         with _held(name) as supervisor:
             _ask(name, {"do": "down", "volumes": volumes})
-            process.readable(supervisor, DEADLINE)
+            if not process.readable(supervisor, DEADLINE):
+                raise Timeout(f"the end of the supervisor of {name}", DEADLINE)
     else:
         _clear(name)
         if volumes:
             compose_supervisor.remove_volumes(name)
-    if not glob.glob(f"{FOLDER}/*"):
-        machine.remove_tree(LAYERS)
-        with suppress(OSError):
-            os.rmdir(FOLDER)
+    with _alone():
+        pass
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One call at a time, of all projects, makes images and supervisors; the images go with the last project."""
+    os.makedirs(machine.DATA, exist_ok=True)
+    lock = os.open(machine.DATA, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        if not glob.glob(f"{FOLDER}/*"):
+            machine.remove_tree(LAYERS)
+            with suppress(OSError):
+                os.rmdir(FOLDER)
+        os.close(lock)
 
 
 # Images
 
 
-def _image(project: Project, service: str, tell: Callable[[str], object]) -> dict[str, Any]:
+def _image(project: Project, service: str, anew: bool, tell: Callable[[str], object]) -> dict[str, Any]:
     """The layers of a service's image as directories, and its config; built, from the layout, or from a registry."""
     given = project.services[service]
+    policy, own = given.get("pull_policy") or "missing", _own_layout()
+    name = str(given.get("image") or f"{project.name}-{service}")
     if "build" in given:
-        return _unpacked(*_built(project, service, tell))
-    name = str(given["image"])
-    repository, _, tag = name.rpartition("/")[2].partition(":")
-    layout = image.Layout(LAYOUT)
-    if "/" not in name and tag in ("", "lab", "latest") and repository in layout.names():
-        return _unpacked(layout, image.load(layout, repository))
+        if anew or policy == "build" or name not in own.names():
+            _build(project, service, own, name, tell)
+        return _unpacked(own, image.load(own, name))
+    repository, _, tag = name.partition(":")
+    theirs = image.Layout(LAYOUT)
+    if tag in ("", "lab", "latest") and repository in theirs.names():
+        return _unpacked(theirs, image.load(theirs, repository))
     try:
-        return _unpacked(*_pulled(name))
-    except (RegistryError, BadInput, KeyError) as problem:
+        if name not in own.names() or policy == "always":
+            _pull(own, name, policy, tell)
+        return _unpacked(own, image.load(own, name))
+    except (RegistryError, BadInput, OSError) as problem:
         raise error(project, ("services", service, "image"), name, f"no such image: {problem}") from None
 
 
-def _pulled(name: str) -> tuple[image.Layout, image.Image]:
+def _pull(layout: image.Layout, name: str, policy: str, tell: Callable[[str], object]) -> None:
+    """Fetch HOST:PORT/REPOSITORY:TAG or …@DIGEST into a layout, under that name."""
     host, _, rest = name.partition("/")
     if not rest or not (":" in host or "." in host):
         raise BadInput("image", name, "is neither in the lab's layout nor on a registry HOST:PORT/NAME")
-    repository, _, tag = rest.partition(":")
-    layout = _own_layout()
+    if policy == "never":
+        raise BadInput("image", name, "is not here, and pull_policy: never")
+    repository, _, reference = rest.partition("@" if "@" in rest else ":")
+    tell(f"{name} pull")
     with registry.Registry(host) as there:
-        registry.pull(there, repository, tag or "latest", layout)
-    return layout, image.load(layout, f"{repository}:{tag or 'latest'}")
+        registry.pull(there, repository, reference or "latest", layout, name=name)
 
 
-def _built(project: Project, service: str, tell: Callable[[str], object]) -> tuple[image.Layout, image.Image]:
+def _build(project: Project, service: str, layout: image.Layout, name: str, tell: Callable[[str], object]) -> None:
     given = project.services[service]["build"]
-    layout = _own_layout()
-    name = f"{project.name}-{service}"
     args = {key: value for key, value in (given.get("args") or {}).items() if value is not None}
     tell(f"{name} build")
-    made = build.build(given["context"], layout, name, dockerfile=given.get("dockerfile", "Dockerfile"),
-                       target=given.get("target"), args=args, bases=image.Layout(LAYOUT))
-    return layout, made.image
+    build.build(given["context"], layout, name, dockerfile=given.get("dockerfile", "Dockerfile"),
+                target=given.get("target"), args=args, bases=image.Layout(LAYOUT))
 
 
 def _own_layout() -> image.Layout:

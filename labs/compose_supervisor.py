@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +28,14 @@ from labs.compose_bundle import Config, bind
 from labs.compose_file import Project
 from labs.compose_forms import seconds
 from labs.compose_unit import Spec, State, Unit
-from labs.errors import LabError
+from labs.errors import BadInput, LabError
 
 FOLDER = f"{machine.STATE}/compose"
 DNS_ADDRESS = "127.0.0.11"  # as in Docker's containers
 GRACE = 10.0
 LINE = 1 << 24  # bytes that one request may have
+ANY_PORT = range(32768, 61000)  # net.ipv4.ip_local_port_range of ip-sysctl.rst, for a port that is not given
+FOR_ITS_CLIENT = ("up", "exec")  # what ends when nobody waits for the answer any more
 
 
 class UpFailed(LabError):
@@ -65,14 +68,14 @@ class Net:
 
     def __init__(self, host: netns.Netns, key: str, given: Mapping[str, Any], number: int) -> None:
         self.key, self.given, self.undo = key, given, ExitStack()
-        self.subnet = _subnet(given) or f"10.88.{number}.0/24"
+        self.subnet = _ipam(given, "subnet") or f"10.88.{number}.0/24"
         self.bridge = f"br{number}"
-        self.made = self.undo.enter_context(network.network(host, self.bridge, self.subnet,
-                                                            internal=bool(given.get("internal"))))
+        self.made = self.undo.enter_context(network.network(
+            host, self.bridge, self.subnet, gateway=_ipam(given, "gateway"), internal=bool(given.get("internal"))))
 
 
-def _subnet(given: Mapping[str, Any]) -> str:
-    return next((one["subnet"] for one in given.get("ipam", {}).get("config") or () if "subnet" in one), "")
+def _ipam(given: Mapping[str, Any], key: str) -> str:
+    return next((one[key] for one in given.get("ipam", {}).get("config") or () if key in one), "")
 
 
 class Supervisor:
@@ -84,6 +87,8 @@ class Supervisor:
         self.project: Project | None = None
         self.scale: dict[str, int] = {}
         self.images: dict[str, Image] = {}
+        self.made_of: dict[tuple[str, int], Image] = {}
+        self.ports: dict[str, list[str]] = {}
         self.units: dict[tuple[str, int], Unit] = {}
         self.nets: dict[str, Net] = {}
         self.spaces: dict[str, netns.Netns] = {}
@@ -91,26 +96,44 @@ class Supervisor:
         self.events: list[Event] = []
         self._numbers = iter(range(250))
         self._busy = asyncio.Lock()
+        self._up: asyncio.Task[Any] | None = None
         self.over = asyncio.Event()
 
     # Up
 
     async def up(self, request: Mapping[str, Any], say: Callable[[str], None]) -> list[Action]:
         """Make what is into what is wanted; see compose.plan.  Raises UpFailed, with what was begun left in place."""
+        self._up = asyncio.current_task()
+        try:
+            return await self._reconcile(request, say)
+        finally:
+            self._up = None
+
+    async def _reconcile(self, request: Mapping[str, Any], say: Callable[[str], None]) -> list[Action]:
         project = self.project = Project(**request["project"], places={})
         self.images |= {name: Image(tuple(one["layers"]), one["run"]) for name, one in request["images"].items()}
         self.scale = request["scale"]
-        names = request["services"]
-        actions = compose.plan(project, self.states(), self.scale, names)
-        self._make_networks(project)
-        for action in actions:
-            if action.kind == "remove":
-                await self._remove((action.service, action.number))
+        planned = compose.plan(project, self.states(), self.scale, request["services"])
+        actions = [self._outdated(project, one) for one in planned]
+        await self._make_networks(project, actions)
+        for key in [(one.service, one.number) for one in actions if one.kind == "remove"]:
+            if key in self.units:
+                await self._remove(key)
         await self._in_order(project, actions, say)
         self._drop_networks(project)
         if request.get("wait"):
             await self._wait_all(project, actions)
         return actions
+
+    def _outdated(self, project: Project, action: Action) -> Action:
+        """What has the right hash may still have been made from another image, or be in a network as it was."""
+        key = (action.service, action.number)
+        if action.kind not in ("keep", "start"):
+            return action
+        why = ["image changed"] if self.made_of[key] != self.images[action.service] else []
+        why += [f"network {net} changed" for net in self._old_networks(project)
+                if net in self.units[key].state.networks]
+        return action._replace(kind="recreate", why=why[0]) if why else action
 
     async def _in_order(self, project: Project, actions: Sequence[Action], say: Callable[[str], None]) -> None:
         """Every service as soon as what it depends on is ready: what the graph lets run side by side, does."""
@@ -150,7 +173,7 @@ class Supervisor:
 
     async def _act(self, project: Project, action: Action, pulled: bool, say: Callable[[str], None]) -> None:
         key = (action.service, action.number)
-        if action.kind == "recreate":
+        if action.kind == "recreate" and key in self.units:
             await self._remove(key)
         if action.kind in ("create", "recreate"):
             say(f"{compose.container_name(project, *key)} {action.why}")
@@ -163,11 +186,17 @@ class Supervisor:
             await unit.start()
 
     async def _wait_all(self, project: Project, actions: Sequence[Action]) -> None:
-        """--wait: everything runs, and what has a healthcheck is healthy."""
-        for action in actions:
-            unit = self.units.get((action.service, action.number))
-            if unit and (problem := await _problem(unit, HEALTHY if unit.spec.healthcheck else "running")):
+        """--wait: everything runs, what has a healthcheck is healthy, and nothing ends that nobody wants to."""
+        pairs = [pair for name in project.services for pair in compose.needs(project, name).items()]
+        one_shots = {name for name, condition in pairs if condition == COMPLETED}
+        units = [unit for key, unit in self.units.items() if key[0] in {one.service for one in actions}]
+        for unit in units:
+            condition = COMPLETED if unit.spec.service in one_shots else HEALTHY if unit.spec.healthcheck else "running"
+            if problem := await _problem(unit, condition):
                 raise UpFailed(problem, self.names())
+        for unit in units:
+            if unit.state.status == "exited" and unit.spec.service not in one_shots:
+                raise UpFailed(f"{unit.spec.name} exited ({unit.state.exit_code})", self.names())
 
     def names(self) -> list[str]:
         """Of all its containers."""
@@ -175,11 +204,25 @@ class Supervisor:
 
     # Networks
 
-    def _make_networks(self, project: Project) -> None:
-        """The networks that are missing; one whose settings changed is made anew once nobody is in it."""
-        for key, given in project.networks.items():
-            if key not in self.nets:
-                self.nets[key] = Net(self.host, key, given, next(self._numbers))
+    def _old_networks(self, project: Project) -> list[str]:
+        return [key for key, net in self.nets.items() if project.networks.get(key, net.given) != net.given]
+
+    async def _make_networks(self, project: Project, actions: Sequence[Action]) -> None:
+        """The networks that are missing; one whose settings changed is made anew, and so is whoever is in it."""
+        again = {(one.service, one.number) for one in actions if one.kind in ("recreate", "remove")}
+        old = self._old_networks(project)
+        inside = {key: unit for key, unit in self.units.items() if set(old) & set(unit.state.networks)}
+        for net in old:
+            for key, unit in inside.items():
+                if net in unit.state.networks and key not in again:
+                    raise UpFailed(f"network {net} changed, but {unit.spec.name} is in it", self.names())
+        for key in inside:
+            await self._remove(key)
+        for net in old:
+            self.nets.pop(net).undo.close()
+        for net, given in project.networks.items():
+            if net not in self.nets:
+                self.nets[net] = Net(self.host, net, given, next(self._numbers))
 
     def _drop_networks(self, project: Project) -> None:
         used = {key for unit in self.units.values() for key in unit.state.networks}
@@ -211,34 +254,34 @@ class Supervisor:
         try:
             unit.prepare()
             space = self._namespace(project, unit, given)
-            self.units[service, number] = unit
+            self.units[service, number], self.made_of[service, number] = unit, image
             self._write_files(unit)
-            binds = [*self._standard_files(unit, given), *self._volumes(project, unit, given),
+            binds = [*self._standard_files(unit), *self._volumes(project, unit, given),
                      *self._grants(project, unit, given)]
             unit.configure(compose_bundle.configuration(given, image.run, name=name, rootfs=unit.rootfs,
                                                         netns=space.path, mounts=binds, annotations=unit.spec.labels))
             self._publish(unit, given)
         except BaseException:
             self.units.pop((service, number), None)
+            self.made_of.pop((service, number), None)
             unit.undo.close()
             raise
         self._changed(unit, "created")
 
     def _spec(self, project: Project, service: str, number: int, image: Image) -> Spec:
         given = project.services[service]
+        stop_signal = given.get("stop_signal") or image.run.get("StopSignal") or "SIGTERM"
         return Spec(compose.container_name(project, service, number), project.name, service, number,
                     compose.config_hash(given), image.layers, str(given.get("restart", "no")),
-                    given.get("healthcheck"), str(given.get("stop_signal") or image.run.get("StopSignal") or "SIGTERM"),
+                    _healthcheck(given.get("healthcheck"), image.run), str(stop_signal),
                     seconds(given.get("stop_grace_period", f"{GRACE}s")), compose.labels(project, service, number))
 
     def _namespace(self, project: Project, unit: Unit, given: Mapping[str, Any]) -> netns.Netns:
         """Its network namespace: one of its own, the project's ("host"), or that of another service."""
         mode, name = str(given.get("network_mode", "")), unit.spec.name
-        if mode == "host":
-            return self.host
-        if mode.startswith("service:"):
-            return self.spaces[compose.container_name(project, mode.partition(":")[2])]
-        space = self.spaces[name] = unit.undo.enter_context(netns.namespace(name))
+        shared = {"host": self.host, "service": self.spaces.get(self._owner(unit).spec.name)}
+        space = shared.get(mode.partition(":")[0]) or unit.undo.enter_context(netns.namespace(name))
+        self.spaces[name] = space
         unit.undo.callback(self.spaces.pop, name, None)
         addresses = {}
         for number, key in enumerate(given.get("networks") or {}):
@@ -253,19 +296,34 @@ class Supervisor:
             unit.undo.callback(self.servers.pop, name, None)
         return space
 
+    def _owner(self, unit: Unit) -> Unit:
+        """The container whose network namespace one lives in: its own, or by network_mode that of another service."""
+        given = self.project.services.get(unit.spec.service, {}) if self.project else {}
+        kind, _, service = str(given.get("network_mode", "")).partition(":")
+        if kind != "service":
+            return unit
+        other = self.units.get((service, 1))
+        if other is None:
+            raise UpFailed(f"{unit.spec.name}: network_mode: {service} has no container")
+        return self._owner(other)
+
     def _write_files(self, unit: Unit) -> None:
         """hosts, hostname and resolv.conf, as an engine writes them (hosts(5), resolv.conf(5))."""
         given = self.project.services[unit.spec.service] if self.project else {}
         host = str(given.get("hostname") or unit.spec.name)
-        addresses, extra = list(unit.state.networks.values()), given.get("extra_hosts") or ()
+        addresses = list(unit.state.networks.values())
+        up = self.nets[next(iter(unit.state.networks))].made.gateway if addresses else "127.0.0.1"
+        extra = [one.replace("host-gateway", up) for one in given.get("extra_hosts") or ()]
         texts = {"hosts": compose_bundle.hosts(host, addresses, extra), "hostname": host + "\n",
                  "resolv.conf": dns.resolv_conf([DNS_ADDRESS], options=["ndots:0"])}
         for name, text in texts.items():
             Path(unit.folder, name).write_text(text, encoding="utf-8")
 
-    def _standard_files(self, unit: Unit, given: Mapping[str, Any]) -> list[Config]:
-        names = ["hosts", "hostname", *(["resolv.conf"] if unit.state.networks else [])]
-        return [bind(f"{unit.folder}/{name}", f"/etc/{name}") for name in names]
+    def _standard_files(self, unit: Unit) -> list[Config]:
+        """Those three, bound; whoever lives in another's network has that one's."""
+        owner = self._owner(unit)
+        names = ["hosts", "hostname", *(["resolv.conf"] if owner.state.networks else [])]
+        return [bind(f"{owner.folder}/{name}", f"/etc/{name}") for name in names]
 
     def _volumes(self, project: Project, unit: Unit, given: Mapping[str, Any]) -> Iterator[Config]:
         """Binds as they are; named volumes from the store, filled from the image at first; others in its own folder."""
@@ -279,7 +337,8 @@ class Supervisor:
                 store = storage.Volumes()
                 source = store.create(resource["name"], {compose.LABEL + "project": project.name,
                                                          compose.LABEL + "volume": one["source"]}).path
-                store.fill(resource["name"], unit.rootfs, one["target"])
+                if not (one.get("volume") or {}).get("nocopy"):
+                    store.fill(resource["name"], unit.rootfs, one["target"])
             elif one["type"] == "volume":
                 source = f"{unit.folder}/volume{number}"
                 os.makedirs(source)
@@ -298,14 +357,27 @@ class Supervisor:
 
     def _publish(self, unit: Unit, given: Mapping[str, Any]) -> None:
         """Every published port leads to the container's first address (nft(8), dnat)."""
+        said = self.ports[unit.spec.name] = []
+        unit.undo.callback(self.ports.pop, unit.spec.name, None)
         for port in given.get("ports") or ():
-            if not port.get("published") or not unit.state.networks:
-                continue
-            key, address = next(iter(unit.state.networks.items()))
-            net = self.nets[key]
-            unit.undo.enter_context(firewall.published(
-                self.host, int(port["published"]), address, int(port["target"]), protocol=port["protocol"],
-                address=port.get("host_ip") or "0.0.0.0", bridge=net.bridge, subnet=net.subnet))  # noqa: S104
+            address = port.get("host_ip") or firewall.ANY
+            number = self._open(unit, port, address)
+            said.append(f"{address}:{number}->{port['target']}/{port['protocol']}")
+
+    def _open(self, unit: Unit, port: Mapping[str, Any], address: str) -> int:
+        """Publish a port at the first free number that it may have; that number."""
+        key, to = next(iter(unit.state.networks.items()))
+        for number in _numbers(str(port.get("published") or "")):
+            try:
+                unit.undo.enter_context(firewall.published(
+                    self.host, number, to, int(port["target"]), protocol=port["protocol"], address=address,
+                    bridge=self.nets[key].bridge, subnet=self.nets[key].subnet))
+            except BadInput as problem:
+                if problem.field != "port":
+                    raise
+            else:
+                return number
+        raise UpFailed(f"{unit.spec.name}: port: {port.get('published')!r}: is in use")
 
     def _changed(self, unit: Unit, what: str) -> None:
         detail = f"exit {unit.state.exit_code}" if what == "died" else ""
@@ -317,6 +389,7 @@ class Supervisor:
         unit = self.units[key]
         await unit.stop()
         self.units.pop(key)
+        self.made_of.pop(key)
         await unit.remove()
 
     # What else may be asked
@@ -342,6 +415,18 @@ class Supervisor:
             for unit in free or list(waiting.values()):
                 waiting.pop(unit.spec.name)
 
+    async def start(self, names: Collection[str]) -> None:
+        """Start containers again, each when what it depends on is ready."""
+        if self.project:
+            for level in compose.order(self.project):
+                units = [unit for unit in self._chosen(names) if unit.spec.service in level]
+                await asyncio.gather(*(self._start(self.project, unit) for unit in units))
+
+    async def _start(self, project: Project, unit: Unit) -> None:
+        for other, condition in self._needs(unit.spec.service).items():
+            await self._gate(project, unit.spec.service, other, condition)
+        await unit.start()
+
     def _needs(self, service: str) -> dict[str, str]:
         known = self.project is not None and service in self.project.services
         return compose.needs(self.project, service) if known and self.project else {}
@@ -358,21 +443,26 @@ class Supervisor:
         self.over.set()
 
     async def answer(self, request: Mapping[str, Any], say: Callable[[str], None]) -> Any:
-        """Do what a request asks."""
+        """Do what a request asks: at once what only looks or concerns one container, the rest one after the other."""
         what, names = request["do"], request.get("services") or ()
-        if what in ("exec", "kill"):
-            unit = self._named(request["container"])
-            if what == "kill":
-                return await unit.kill(request["signal"])
-            return await unit.execute(request["argv"], request["env"])
-        if what in ("ps", "events"):
-            return [one._asdict() for one in self.states()] if what == "ps" else self.events
+        at_once: dict[str, Callable[[], Any]] = {
+            "ps": lambda: [one._asdict() for one in self.states()], "events": lambda: self.events,
+            "ports": lambda: self.ports}
+        if what in at_once:
+            return at_once[what]()
+        if what == "exec":
+            return await self._named(request["container"]).execute(request["argv"], request["env"])
+        if what == "kill":
+            return await self._named(request["container"]).kill(request["signal"])
+        changes: dict[str, Callable[[], Awaitable[Any]]] = {
+            "up": lambda: self.up(request, say), "start": lambda: self.start(names),
+            "stop": lambda: self.stop(names, request["grace"]), "down": lambda: self.down(request["volumes"])}
+        if what not in changes:
+            raise BadInput("do", what, f"must be one of {', '.join([*at_once, 'exec', 'kill', *changes])}")
+        if what in ("stop", "down") and self._up:
+            self._up.cancel()  # it may be waiting for what will never come
         async with self._busy:
-            if what == "up":
-                return await self.up(request, say)
-            if what == "start":
-                return await asyncio.gather(*(unit.start() for unit in self._chosen(names)))
-            return await (self.stop(names, request["grace"]) if what == "stop" else self.down(request["volumes"]))
+            return await changes[what]()
 
     def _named(self, name: str) -> Unit:
         """By the name of a container, or of a service: its first one."""
@@ -396,6 +486,23 @@ def _own_file(unit: Unit, kind: str, one: Mapping[str, Any], resource: Mapping[s
     path.write_text(str(resource.get("content", "")), encoding="utf-8")
     path.chmod(int(one.get("mode") or 0o444))
     return str(path)
+
+
+def _healthcheck(given: Mapping[str, Any] | None, image: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A service's healthcheck over that of its image (Dockerfile, HEALTHCHECK); None where neither asks for one."""
+    theirs = image.get("Healthcheck") or {}
+    times = {"interval": "Interval", "timeout": "Timeout", "start_period": "StartPeriod"}
+    found = {key: f"{theirs[name]}ns" for key, name in times.items() if theirs.get(name)}
+    found |= {key: theirs[name] for key, name in (("test", "Test"), ("retries", "Retries")) if theirs.get(name)}
+    found |= {key: value for key, value in (given or {}).items() if value is not None}
+    off = found.get("disable") or not found.get("test") or found["test"][0] == "NONE"
+    return None if off else found
+
+
+def _numbers(published: str) -> range:
+    """The ports of the host that "8080", "8080-8085" or "" (any) may mean."""
+    first, _, last = published.partition("-")
+    return range(int(first), int(last or first) + 1) if first else ANY_PORT
 
 
 async def _problem(unit: Unit, condition: str) -> str:
@@ -425,13 +532,15 @@ async def _serve(name: str, folder: str) -> None:
 
         async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             async with _line(writer):
-                request = json.loads(await reader.readline())
-                await _reply(supervisor, request, writer)
+                if text := await reader.readline():
+                    await _attend(supervisor, json.loads(text), reader, writer)
 
         server = await asyncio.start_unix_server(client, f"{folder}/socket", limit=LINE)
-        stop = asyncio.get_running_loop()
+        told: list[asyncio.Task[Any]] = []
+        def end() -> None:
+            told.append(asyncio.create_task(supervisor.answer({"do": "down", "volumes": False}, print)))
         for number in (signal.SIGTERM, signal.SIGINT):
-            stop.add_signal_handler(number, lambda: asyncio.ensure_future(supervisor.down(volumes=False)))
+            asyncio.get_running_loop().add_signal_handler(number, end)
         await supervisor.over.wait()
         server.close()
         await asyncio.sleep(0)
@@ -447,6 +556,18 @@ async def _line(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
             writer.close()
 
 
+async def _attend(supervisor: Supervisor, request: Mapping[str, Any], reader: asyncio.StreamReader,
+                  writer: asyncio.StreamWriter) -> None:
+    """Answer a request; an `up` or `exec` whose client goes away (end of file) ends there, the rest is finished."""
+    answer = asyncio.create_task(_reply(supervisor, request, writer))
+    gone = asyncio.create_task(reader.read(1))
+    await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if request["do"] in FOR_ITS_CLIENT and not answer.done():
+        answer.cancel()
+    await asyncio.wait({answer})
+
+
 async def _reply(supervisor: Supervisor, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
     def tell(**what: object) -> None:
         with suppress(ConnectionError):
@@ -455,6 +576,12 @@ async def _reply(supervisor: Supervisor, request: Mapping[str, Any], writer: asy
         tell(done=await supervisor.answer(request, lambda text: tell(say=text)))
     except (LabError, OSError) as problem:
         tell(error=getattr(problem, "reason", str(problem)), left=supervisor.names())
+    except asyncio.CancelledError:
+        tell(error=f"{request['do']} was ended by another call, or because its client went away",
+             left=supervisor.names())
+    except Exception as problem:  # noqa: BLE001  whatever it is, whoever asked must hear of it
+        traceback.print_exc()
+        tell(error=f"{type(problem).__name__}: {problem}", left=supervisor.names())
     with suppress(ConnectionError):
         await writer.drain()
 
@@ -462,7 +589,7 @@ async def _reply(supervisor: Supervisor, request: Mapping[str, Any], writer: asy
 def main(name: str) -> None:
     """Hold a project until `down`."""
     machine.require()
-    os.chdir("/")
+    os.chdir(f"{FOLDER}/{name}")  # by which lab.clean() knows it
     asyncio.run(_serve(name, f"{FOLDER}/{name}"))
 
 

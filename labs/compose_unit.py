@@ -14,24 +14,28 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from labs import machine, mounts, process, syscalls
+from labs.compose import signal_number
 from labs.compose_forms import seconds
-from labs.errors import LabError
+from labs.errors import LabError, Timeout
 
 RUNTIME = str(Path(__file__).parent.parent / "bin/labs-runtime")
 FIRST_WAIT, LONGEST_WAIT, STEADY = 0.1, 60.0, 10.0  # seconds
 INTERVAL, TIMEOUT, RETRIES = 30.0, 30.0, 3  # of a healthcheck that does not say otherwise
 LAST_LINES = 5.0  # seconds that what a container wrote has to arrive after its end
 KILLED_LATE = 10.0  # seconds that the kernel has to end what got SIGKILL
+PIECE = 1 << 14  # bytes of a line that are written down at once, as Docker has it
 
 
 class StartFailed(LabError):
     """The runtime could not start a container; ``detail`` is its message."""
+
+    code = 127
 
     def __init__(self, name: str, detail: str) -> None:
         self.name, self.detail = name, detail
@@ -98,6 +102,7 @@ class Unit:
         self.state = State(spec.name, spec.service, spec.number, spec.hash)
         self.undo = ExitStack()
         self.stopped = False  # by somebody's wish: no policy starts it again
+        self._stop_signal = signal_number(spec.stop_signal)
         self._life: asyncio.Task[None] | None = None
         self._run: asyncio.subprocess.Process | None = None
         self._pidfd = -1
@@ -122,10 +127,10 @@ class Unit:
         Path(self.folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     async def start(self) -> None:
-        """Start it and return once it runs, or has run.  Raises StartFailed."""
+        """Start it and return once it runs, or has run; tries of its policy count anew.  Raises StartFailed."""
         if self._life and not self._life.done():
             return
-        self.stopped, self.state = False, self.state._replace(status="created")
+        self.stopped, self.state = False, self.state._replace(status="created", restarts=0)
         self._life = asyncio.create_task(self._live())
         running = asyncio.create_task(self.until(lambda state: state.status in ("running", "exited")))
         await asyncio.wait([self._life, running], return_when=asyncio.FIRST_COMPLETED)
@@ -147,17 +152,24 @@ class Unit:
         self._changed(self, what)
 
     async def _live(self) -> None:
-        """Run it, and again as its policy says."""
+        """Run it, and again as its policy says.  Raises StartFailed if it cannot be started the first time."""
         pause = FIRST_WAIT
         while True:
             began = time.monotonic()
-            code = await self._run_once()
+            try:
+                code = await self._run_once()
+            except StartFailed as problem:
+                if self.state.status == "created":
+                    raise
+                self._set("exited", status="exited", exit_code=problem.code)
+                return
             if self.stopped or not self._again(code):
                 self._set("exited", status="exited")
                 return
             pause = FIRST_WAIT if time.monotonic() - began >= STEADY else pause
             self._set("restarting", status="restarting")
-            await asyncio.sleep(pause)
+            with suppress(TimeoutError):
+                await self.until(lambda state: self.stopped, pause)
             pause = min(2 * pause, LONGEST_WAIT)
             if self.stopped:
                 self._set("exited", status="exited")
@@ -191,6 +203,7 @@ class Unit:
         finally:
             for task in (*pumps, *probes):
                 task.cancel()
+            await asyncio.gather(*pumps, *probes, return_exceptions=True)
         if not began:
             raise StartFailed(self.spec.name, self.last_words() or f"the runtime ended with {code}")
         if self._pidfd >= 0:
@@ -210,20 +223,25 @@ class Unit:
         return [RUNTIME, "--root", f"{self.folder}/state", command, *words, machine.PREFIX + self.spec.name]
 
     async def _appears(self, path: str) -> bool:
-        """Wait for the pid file, or for the end of the runtime."""
-        while not (os.path.exists(path) and os.path.getsize(path)):
-            if self._run is None or self._run.returncode is not None:
-                return os.path.exists(path) and os.path.getsize(path) > 0
+        """Wait until process 1 has called execve(2), and hears signals; False if the runtime ended before it was there.
+
+        Until then its command line is that of the runtime, whose copy it is: proc_pid_cmdline(5).
+        """
+        while self._run and self._run.returncode is None:
+            with suppress(FileNotFoundError, ProcessLookupError, ValueError):
+                pid = int(Path(path).read_text(encoding="ascii"))
+                if process.cmdline(pid) != process.cmdline(self._run.pid):
+                    return True
             await asyncio.sleep(0.01)
-        return True
+        return os.path.exists(path)
 
     # Log
 
     async def _pump(self, name: str, stream: asyncio.StreamReader) -> None:
         """Write every line down with its stream and its time, as Docker's json-file does."""
         with open(f"{self.folder}/log", "a", encoding="utf-8") as log:
-            while line := await stream.readline():
-                text = line.decode(errors="replace").rstrip("\n")
+            async for line in _lines(stream):
+                text = line.decode(errors="replace")
                 log.write(json.dumps({"time": time.time(), "stream": name, "text": text}) + "\n")
                 log.flush()
 
@@ -245,8 +263,8 @@ class Unit:
         check = dict(self.spec.healthcheck or {})
         kind, *words = check["test"]
         words = ["/bin/sh", "-c", *words] if kind == "CMD-SHELL" else words
-        interval = seconds(check.get("interval", f"{INTERVAL}s"))
-        timeout, grace = seconds(check.get("timeout", f"{TIMEOUT}s")), seconds(check.get("start_period", "0"))
+        interval, timeout, grace = (seconds(check.get(key, "0s")) for key in ("interval", "timeout", "start_period"))
+        interval, timeout, retries = interval or INTERVAL, timeout or TIMEOUT, check.get("retries") or RETRIES
         failures, began = 0, time.monotonic()
         while True:
             await asyncio.sleep(interval)
@@ -258,7 +276,7 @@ class Unit:
                 return
             counts = time.monotonic() - began >= grace or self.state.health == "healthy"
             failures = 0 if code == 0 else failures + counts
-            health = "healthy" if code == 0 else "unhealthy" if failures >= check.get("retries", RETRIES) \
+            health = "healthy" if code == 0 else "unhealthy" if failures >= retries \
                 else self.state.health
             if health != self.state.health:
                 self._set(health, health=health)
@@ -277,7 +295,7 @@ class Unit:
             out, err = await asyncio.wait_for(run.communicate(), timeout)
         finally:
             if run.returncode is None:
-                run.kill()
+                await _end(run)
         return run.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")
 
     # End
@@ -289,23 +307,54 @@ class Unit:
                 process.kill(self._pidfd, number)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Its stop signal, and SIGKILL after the grace period (seconds; None: its own)."""
-        self.stopped = True
-        if not self._life or self._life.done():
+        """Its stop signal, and SIGKILL after the grace period (seconds; None: its own).  A pause ends at once.
+
+        Raises Timeout if the kernel does not end it.
+        """
+        self.stopped, life = True, self._life
+        if not life or life.done():
             return
-        if self.state.status == "running":
-            await self.kill(getattr(signal, self.spec.stop_signal))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._life), self.spec.grace if grace is None else grace)
-        if not self._life.done():
+        self._news.set()
+        there = asyncio.create_task(self.until(lambda state: self._pidfd >= 0))
+        await asyncio.wait({life, there}, return_when=asyncio.FIRST_COMPLETED)
+        there.cancel()
+        await self.kill(self._stop_signal)
+        for patience in (self.spec.grace if grace is None else grace, KILLED_LATE):
+            await asyncio.wait({life}, timeout=patience)
+            if life.done():
+                return
             await self.kill(signal.SIGKILL)
-            await asyncio.wait_for(asyncio.shield(self._life), KILLED_LATE)
+        raise Timeout(f"the end of {self.spec.name}", KILLED_LATE)
 
     async def remove(self) -> None:
         """Stop it and take away all that it had."""
         await self.stop()
         self.undo.close()
         self._set("removed", status="removed")
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Every line without its end; one that is longer than PIECE comes in pieces, so that nobody waits for its end."""
+    rest = b""
+    while data := await stream.read(PIECE):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
+        while len(rest) > PIECE:
+            yield rest[:PIECE]
+            rest = rest[PIECE:]
+    if rest:
+        yield rest
+
+
+async def _end(run: asyncio.subprocess.Process) -> None:
+    """Kill `labs-runtime exec` and the command in the container, which is its child."""
+    for pid in process.children(run.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        run.kill()
+    await run.wait()
 
 
 def _end_with_parent() -> None:

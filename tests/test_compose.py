@@ -144,6 +144,8 @@ def test_one_name_is_not_for_two_containers(read):
 
 @pytest.mark.parametrize(("line", "place"), [
     ("    privileged: true", "4:5: services.a.privileged"), ("    devices: ['/dev/fuse']", "4:5: services.a.devices"),
+    ("    stop_signal: SIGDFL", "4:5: services.a.stop_signal"),
+    ("    stop_signal: RTMIN+x", "4:5: services.a.stop_signal"),
     ("    logging: {driver: none}", "4:5: services.a.logging"), ("    init: true", "4:5: services.a.init"),
     ("    deploy: {mode: global}", "4:14: services.a.deploy.mode"),
     ("    deploy: {resources: {reservations: {memory: 1m}}}", "4:26: services.a.deploy.resources.reservations"),
