@@ -8,6 +8,7 @@ Every mistake is one ComposeError, "compose.yaml:7:5: services.web.ports: …", 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -37,7 +38,11 @@ _NUMBERS = {"target", "retries", "replicas", "scale", "cpus", "cpu_count", "cpu_
 _BOOLEANS = {"init", "disable", "privileged", "read_only", "stdin_open", "tty", "external", "internal", "attachable",
              "oom_kill_disable", "nocopy", "required", "create_host_path"}
 _NOT_NUMBERS = re.compile(r"services\.[^.]+\.(?:volumes|secrets|configs)\.\d+\.target|.*\.ports\.\d+\.mode|"
-                          r"services\.[^.]+\.build\.target|services\.[^.]+\.(?:environment|labels)\..*|.*develop\..*")
+                          r"services\.[^.]+\.build\.target|.*develop\..*")
+# Below these keys every name is the user's own, and its value stays the string it is.
+_FREE = {"environment", "labels", "annotations", "sysctls", "args", "options", "driver_opts", "storage_opt"}
+_WHOLE = re.compile(r"services\.[^.]+\.(?:scale|deploy\.replicas|healthcheck\.retries)")
+_TRUTH = re.compile(r"services\.[^.]+\.(?:init|privileged|read_only|stdin_open|tty)")
 
 
 class Project(NamedTuple):
@@ -166,8 +171,7 @@ class _Loader:
         for path in paths:
             document = self._canonical(self.read(path), self._folder)
             document = self._extended(document, path)
-            model = _import(model, self._included(document, path))
-            model = merge(model, document)
+            model = merge(model, _import(document, self._included(document, path)))
         model.value.pop("include", None)
         return model
 
@@ -259,6 +263,8 @@ def _locate(folder: str, path: str) -> str:
 def _cast(text: str, path: Path) -> Any:
     """A number or a boolean where the specification wants one; anything else stays for the schema to judge."""
     key, where = str(path[-1]) if path else "", dotted(path)
+    if _FREE & set(path[2:-1]):
+        return text
     if key in _BOOLEANS and text.lower() in ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0"):
         return text.lower() in ("true", "yes", "on", "y", "1")
     if (key in _NUMBERS or (len(path) > 2 and path[-2] == "ulimits")) and not _NOT_NUMBERS.fullmatch(where):
@@ -266,6 +272,9 @@ def _cast(text: str, path: Path) -> Any:
             return int(text)  # a quoted "0400" is four hundred, for Docker too
         if re.fullmatch(r"-?[0-9]*\.[0-9]+", text):
             return float(text)
+    for pattern, rule in ((_WHOLE, "must be a whole number"), (_TRUTH, "must be true or false")):
+        if pattern.fullmatch(where):
+            raise BadInput(where, text, rule)
     return text
 
 
@@ -275,14 +284,14 @@ def _forms(locate: Callable[[str], str]) -> dict[str, Callable[[Any], Any]]:
     lists = dict.fromkeys(("dns", "dns_search", "dns_opt", "tmpfs", "expose", "group_add", "security_opt", "cap_add",
                            "cap_drop", "profiles", "links", "volumes_from"), each.strings)
     maps = dict.fromkeys(("labels", "annotations", "sysctls"), partial(each.mapping, missing=""))
-    sizes = dict.fromkeys(("mem_limit", "mem_reservation", "memswap_limit", "shm_size"), each.size)
+    sizes = dict.fromkeys(("mem_limit", "mem_reservation", "shm_size"), each.size)
     return {**lists, **maps, **sizes, "environment": each.mapping, "command": each.command, "entrypoint": each.command,
             "depends_on": each.depends_on, "healthcheck": each.healthcheck, "networks": each.networks,
             "build": partial(each.build, locate=locate), "env_file": partial(each.env_file, locate=locate),
             "ports": _each(each.ports), "volumes": _each(lambda one: [each.volume(one, locate)]),
             "secrets": _each(lambda one: [each.grant(one, "/run/secrets/")]),
             "configs": _each(lambda one: [each.grant(one)]), "extra_hosts": each.hosts, "deploy": each.deploy,
-            "stop_grace_period": each.duration}
+            "stop_grace_period": each.duration, "logging": each.options, "memswap_limit": each.swap}
 
 
 def _each(form: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
@@ -321,7 +330,7 @@ def _resource(given: dict[str, Any], locate: Callable[[str], str]) -> dict[str, 
         given["file"] = locate(given["file"])
     if "labels" in given:
         given["labels"] = compose_forms.mapping(given["labels"], "")
-    return given
+    return compose_forms.options(given)
 
 
 def merge(base: Document, over: Document) -> Document:
@@ -386,7 +395,7 @@ def _import(model: Document, included: Iterator[Document]) -> Document:
             known = dict(value.get(kind) or {})
             for name, given in (other.value.get(kind) or {}).items():
                 if name in known and known[name] != given:
-                    raise error(other.places, (kind, name), name, "stands in two included files with different values")
+                    raise error(other.places, (kind, name), name, "differs from what an included file says")
                 known[name] = given
             if known:
                 value[kind] = known
@@ -422,7 +431,7 @@ class _Normaliser:
     def _service(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         service: dict[str, Any] = {"command": None, "entrypoint": None}
         service |= {key: value for key, value in given.items() if not key.startswith("x-")
-                    and (value or key in ("init", "scale", *REPLACED))}
+                    and (value or key in ("attach", "init", "scale", *REPLACED))}
         if "image" not in service and "build" not in service:
             raise self._error(("services", name), name, "has neither an image nor a build context")
         if "network_mode" not in service:
@@ -440,11 +449,14 @@ class _Normaliser:
         if args := (service.get("build") or {}).get("args"):
             known = {key: value for key, value in self._resolved(args).items() if value is not None}
             service["build"] = service["build"] | {"args": known}
-        self._check_memory(name, service)
+        self._check_limits(name, service)
         return service
 
-    def _check_memory(self, name: str, service: Mapping[str, Any]) -> None:
-        limits = service.get("deploy", {}).get("resources", {}).get("limits", {})
+    def _check_limits(self, name: str, service: Mapping[str, Any]) -> None:
+        deploy = service.get("deploy", {})
+        limits = deploy.get("resources", {}).get("limits", {})
+        if "scale" in service and service["scale"] != deploy.get("replicas", service["scale"]):
+            raise self._error(("services", name, "scale"), service["scale"], "differs from deploy.replicas")
         for key, other in (("mem_limit", "memory"), ("cpus", "cpus"), ("pids_limit", "pids")):
             if key in service and other in limits and str(service[key]) != str(limits[other]):
                 raise self._error(("services", name, key), service[key],
@@ -471,21 +483,24 @@ class _Normaliser:
         implied = {"condition": "service_started", "restart": True, "required": True}
         found = dict(service.get("depends_on") or {})
         for link in service.get("links") or ():
-            found.setdefault(link.partition(":")[0], implied)
+            found.setdefault(link.partition(":")[0], {**implied, "key": "links"})
         for other in service.get("volumes_from") or ():
             if not other.startswith("container:"):
-                found.setdefault(other.partition(":")[0], {**implied, "restart": False})
+                found.setdefault(other.partition(":")[0],
+                                 {"condition": "service_started", "required": True, "key": "volumes_from"})
         for key in ("network_mode", "ipc", "pid"):
             kind, _, other = str(service.get(key, "")).partition(":")
             if kind == "service":
-                found.setdefault(other, implied)
+                found.setdefault(other, {**implied, "key": key})
         needs = {}
         for other, given in sorted(found.items()):
             if other in self._services:
-                needs[other] = given
+                needs[other] = {key: value for key, value in given.items() if key != "key"}
             elif given.get("required", True) or other not in self._all:
                 rule = "belongs to a profile that is not active" if other in self._all else "no such service"
-                raise self._error(("services", name, "depends_on", other), other, rule)
+                key = given.get("key")  # of what implied it
+                raise self._error(("services", name, key) if key else ("services", name, "depends_on", other), other,
+                                  rule)
         return needs
 
     def _check_references(self, name: str, service: Mapping[str, Any]) -> None:
@@ -504,11 +519,16 @@ class _Normaliser:
             external = given["external"]
             given["name"] = given.get("name") or (external.get("name") if isinstance(external, dict) else None) or name
             given["external"] = True
+            if kind == "volumes" and (own := {"driver", "driver_opts", "labels"} & set(given)):
+                raise self._error((kind, name, min(own)), given[min(own)], "not together with external")
         else:
             given.pop("external", None)
             given.setdefault("name", f"{self._name}_{name}")
-            if kind in ("secrets", "configs") and not {"file", "environment", "content"} & set(given):
+            sources = {"file", "environment", "content"} & set(given)
+            if kind in ("secrets", "configs") and not sources:
                 raise self._error((kind, name), name, "must have a file, an environment variable, or be external")
+            if len(sources) > 1:
+                raise self._error((kind, name), name, f"has {' and '.join(sorted(sources))}, which exclude each other")
         if kind == "networks":
             given.setdefault("ipam", {})
         return given
@@ -525,6 +545,14 @@ def _references(kind: str, service: Mapping[str, Any]) -> Iterator[tuple[Path, s
         yield from (((number,), one["source"]) for number, one in enumerate(service.get(kind) or ()))
 
 
+def _shared(one: str, other: str) -> bool:
+    """Whether two host addresses of published ports meet: "" is all, 0.0.0.0 all of IPv4, :: all of IPv6."""
+    if not one or not other or one == other:
+        return True
+    first, second = ipaddress.ip_address(one), ipaddress.ip_address(other)
+    return first.version == second.version and (first.is_unspecified or second.is_unspecified)
+
+
 def _check_ports(services: Mapping[str, Mapping[str, Any]], fail: Callable[[Path, object, str], ComposeError]) -> None:
     """A published port belongs to one service: the second one could not bind it (EADDRINUSE, bind(2))."""
     owners: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -534,6 +562,6 @@ def _check_ports(services: Mapping[str, Mapping[str, Any]], fail: Callable[[Path
                 continue
             address = port.get("host_ip", "")
             for other, taken in owners.setdefault((published, port["protocol"]), []):
-                if other != name and (not address or not taken or address == taken):
+                if other != name and _shared(address, taken):
                     raise fail(("services", name, "ports", number), published, f"is already published by {other}")
             owners[(published, port["protocol"])].append((name, address))

@@ -7,9 +7,11 @@ Every function takes one value as it stands in a compose file and gives its long
 from __future__ import annotations
 
 import ipaddress
+import posixpath
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 BYTES = {unit + b: 2**(10 * power) for power, unit in enumerate(("", "k", "m", "g", "t")) for b in ("", "b")}
@@ -21,6 +23,7 @@ _PORT = re.compile(r"(?:(?:(?P<ip>\[[^]]*\]|[0-9.]+):)?(?P<published>[0-9-]*):)?
                    r"(?:/(?P<protocol>[a-z]+))?")
 PROPAGATION = {"rprivate", "private", "rshared", "shared", "rslave", "slave"}
 MODES = {"ro", "rw", "z", "Z", "nocopy", "cached", "delegated", "consistent"} | PROPAGATION
+_REMOTE = re.compile(r"[a-z]+://|git@|github\.com/")  # a build context that is no folder
 
 
 class BadForm(ValueError):
@@ -62,6 +65,11 @@ def size(value: object) -> str:
     return str(int(float(match[1]) * BYTES[(match[2] or "").lower()]))
 
 
+def swap(value: object) -> str:
+    """memswap_limit: a size, or -1 for no limit."""
+    return "-1" if str(value) == "-1" else size(value)
+
+
 def command(value: Any) -> list[str] | None:
     """A command line: a string is split as a shell would, a list stays."""
     if value is None or isinstance(value, list):
@@ -81,7 +89,16 @@ def mapping(value: Any, missing: Any = None) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return _go(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _go(number: float) -> str:
+    """As Go's fmt.Sprint has it: 1.0 is 1, from a million on with an exponent (strconv, format 'g')."""
+    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
+    power = len(digits) + int(exponent) - 1
+    return f"{number:.{len(digits) - 1}e}" if number and not -4 <= power < 6 else repr(number).removesuffix(".0")
 
 
 def strings(value: Any) -> list[str]:
@@ -99,7 +116,7 @@ def hosts(value: Any) -> list[str]:
 def ports(value: Any) -> list[dict[str, Any]]:
     """One entry of ports; a range becomes one entry a port."""
     if isinstance(value, dict):
-        long = {"mode": "ingress", **value}
+        long = {"mode": "ingress", **_needed(value, "target")}
         long.setdefault("protocol", "tcp")
         if "published" in long:
             long["published"] = str(long["published"])
@@ -144,27 +161,36 @@ def _address(text: str) -> str:
         raise BadForm("the address must be an IP address") from None
 
 
+def _needed(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A long form, which must have a key that the schema leaves open."""
+    if key not in value:
+        raise BadForm(f"must have a {key}")
+    return dict(value)
+
+
 def volume(value: Any, locate: Callable[[str], str]) -> dict[str, Any]:
     """One entry of volumes; locate() makes a path absolute."""
     if isinstance(value, dict):
-        return _long_volume(dict(value), locate)
+        return _long_volume(_needed(value, "target"), locate)
     parts = str(value).split(":")
     if len(parts) > 3 or not all(parts):
         raise BadForm("must be [SOURCE:]TARGET[:MODE]")
     if len(parts) == 1:
-        return {"type": "volume", "target": parts[0], "volume": {}}
+        return {"type": "volume", "target": posixpath.normpath(parts[0]), "volume": {}}
     modes = set(parts[2].split(",")) if len(parts) == 3 else set()
     if modes - MODES:
         raise BadForm(f"unknown mode {', '.join(sorted(modes - MODES))}")
     is_path = parts[0].startswith((".", "/", "~"))
     kind = "bind" if is_path else "volume"
-    long = {"type": kind, "source": locate(parts[0]) if is_path else parts[0], "target": parts[1]}
+    long = {"type": kind, "source": locate(parts[0]) if is_path else parts[0],
+            "target": posixpath.normpath(parts[1])}
     return long | ({"read_only": True} if "ro" in modes else {}) | {kind: _details(modes, is_path)}
 
 
 def _long_volume(long: dict[str, Any], locate: Callable[[str], str]) -> dict[str, Any]:
+    long["target"] = posixpath.normpath(long["target"])
     if long["type"] == "bind":
-        long["source"] = locate(long["source"])
+        long["source"] = locate(_needed(long, "source")["source"])
     if given := (long.get("tmpfs") or {}).get("size"):
         long["tmpfs"] = long["tmpfs"] | {"size": size(given)}
     return long
@@ -184,7 +210,7 @@ def _details(modes: set[str], is_path: bool) -> dict[str, Any]:
 def grant(value: Any, folder: str = "") -> dict[str, Any]:
     """One entry of secrets (folder: /run/secrets/) or configs."""
     if isinstance(value, dict):
-        return dict(value)
+        return _needed(value, "source")
     return {"source": value, "target": folder + value} if folder else {"source": value}
 
 
@@ -202,6 +228,8 @@ def healthcheck(value: Mapping[str, Any]) -> dict[str, Any]:
         long["test"] = ["CMD-SHELL", long["test"]]
     if (test := long.get("test")) and test[0] not in ("NONE", "CMD", "CMD-SHELL"):
         raise BadForm("test begins with NONE, CMD or CMD-SHELL")
+    if long.get("retries", 0) < 0:
+        raise BadForm("retries must be 0 or more")
     for key in ("interval", "timeout", "start_period", "start_interval"):
         if key in long:
             long[key] = duration(long[key])
@@ -211,12 +239,16 @@ def healthcheck(value: Mapping[str, Any]) -> dict[str, Any]:
 def build(value: Any, locate: Callable[[str], str]) -> dict[str, Any]:
     """A context alone, or all of build."""
     long = {"context": value} if isinstance(value, str) else dict(value)
-    long["context"] = locate(long.get("context", "."))
+    context = long.get("context", ".")
+    long["context"] = context if _REMOTE.match(context) else locate(context)
     if "dockerfile_inline" not in long:
         long.setdefault("dockerfile", "Dockerfile")
     for key in ("args", "labels"):
         if key in long:
             long[key] = mapping(long[key], None if key == "args" else "")
+    for key, form in (("extra_hosts", hosts), ("shm_size", size)):
+        if key in long:
+            long[key] = form(long[key])
     if isinstance(long.get("secrets"), list):
         long["secrets"] = [grant(one) for one in long["secrets"]]
     return long
@@ -232,6 +264,11 @@ def env_file(value: Any, locate: Callable[[str], str]) -> list[dict[str, Any]]:
     entries = value if isinstance(value, list) else [value]
     long = (one if isinstance(one, dict) else {"path": one} for one in entries)
     return [{"required": True} | one | {"path": locate(one["path"])} for one in long]
+
+
+def options(value: Mapping[str, Any]) -> dict[str, Any]:
+    """logging, networks and volumes: the values of options are strings."""
+    return {key: mapping(one) if key in ("options", "driver_opts") else one for key, one in value.items()}
 
 
 def deploy(value: Mapping[str, Any]) -> dict[str, Any]:

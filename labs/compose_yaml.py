@@ -8,8 +8,9 @@ than MAX_NODES values are refused.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -83,6 +84,8 @@ def parse(text: str, file: str = "compose.yaml") -> Document:
         raise ComposeError(place, "YAML", _line_of(text, place), str(error.problem or error.context)) from None
     except yaml.YAMLError as error:  # a character that no YAML may hold
         raise ComposeError(Position(file, 0, 0), "YAML", file, str(error).splitlines()[0]) from None
+    except RecursionError:
+        raise ComposeError(Position(file, 0, 0), "YAML", file, "is nested too deeply") from None
     document = Document(file, None, {}, {})
     return document if root is None else document._replace(value=_Reader(document).value(root, ()))
 
@@ -114,7 +117,7 @@ class _Reader:
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
                 return [self.value(one, (*path, number)) for number, one in enumerate(node.value)]
-            return self._scalar(node)
+            return self._scalar(node, path)
         finally:
             self._open.pop()
 
@@ -149,22 +152,19 @@ class _Reader:
             yield self._mapping(one, path)
 
     def _key(self, node: yaml.Node, path: Path) -> str:
-        if not isinstance(node, yaml.ScalarNode):
+        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
             raise self._error(node, path, "key", "a key must be a string")
         return str(node.value)
 
-    def _scalar(self, node: yaml.Node) -> Any:
+    def _scalar(self, node: yaml.Node, path: Path) -> Any:
         text = str(node.value)
         plain = _Loader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
         tag = plain if node.tag in TAGS else node.tag
         kind = str(tag).rpartition(":")[2]
-        if kind == "int":
-            return _integer(text.replace("_", ""))
-        if kind == "float":
-            return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
-        if kind == "bool":
-            return text.lower() == "true"
-        return None if kind == "null" else text
+        try:
+            return _SCALAR_OF.get(kind, str)(text)
+        except ValueError:
+            raise self._error(node, path, text, f"is no {kind} that JSON could hold") from None
 
     def _place(self, node: yaml.Node) -> Position:
         return Position(self._document.file, node.start_mark.line + 1, node.start_mark.column + 1)
@@ -175,9 +175,22 @@ class _Reader:
 
 def _integer(text: str) -> int:
     """Decimal, 0x, 0o, 0b, and 0400 as octal (chmod's modes are written so)."""
+    text = text.replace("_", "")
     digits = text.lstrip("+-")
     base = 8 if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit() else 0
     return int(text, base)
+
+
+def _float(text: str) -> float:
+    """A finite number; ValueError for .inf and .nan, which JSON does not have."""
+    number = float(text.replace("_", ""))  # ".inf" and ".nan" are none to Python
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+_SCALAR_OF: dict[str, Callable[[str], Any]] = {
+    "int": _integer, "float": _float, "bool": lambda text: text.lower() == "true", "null": lambda _: None}
 
 
 def place_of(places: Mapping[Path, Position], path: Path) -> Position:

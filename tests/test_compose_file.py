@@ -232,6 +232,32 @@ volumes:
         "over.yaml": "services:\n  a:\n    ports: !override ['81:81']\n    command: !reset null\n"
                      "    environment: {A: !reset null}\n    restart: !reset null\n"},
     "a name": {"compose.yaml": "name: given-${WHO}\n" + BASE},
+    "names that are also keys of Compose": {"compose.yaml": """services:
+  init:
+    build: {context: ., args: {init: "yes", mode: "0755", N: 1.0}}
+    environment: {tty: "yes", external: "on", init: "1", scale: "010", mode: "0755"}
+    labels: {disable: "0"}
+    sysctls: {a.scale: "010"}
+    logging: {driver: x, options: {mode: "010", max-file: 3, tty: "yes"}}
+    volumes: ["data:/data"]
+volumes:
+  data: {driver_opts: {mode: "0755", init: "yes", n: 5}}
+"""},
+    "numbers as Go writes them": {"compose.yaml": BASE + """    environment:
+      {A: 1.0, B: 1e3, C: 1234567.5, D: 0.00001, E: 123456.0, F: 1e6, G: -2.50, H: 0.0, I: 1e21, J: 0.0001}
+    labels: {a: 1.50, b: 2.0}
+"""},
+    "targets with a slash behind": {"compose.yaml": BASE + """    volumes:
+      - ./a/:/b/
+      - {type: bind, source: ./x, target: /x/}
+"""},
+    "a build of all sorts": {"compose.yaml": """services:
+  a: {build: {context: ., extra_hosts: ["a:1.2.3.4"], shm_size: 64m}}
+  b: {build: "https://github.com/x/y.git#main"}
+  c: {build: "git@github.com:x/y.git"}
+"""},
+    "false is said": {"compose.yaml": BASE + "    attach: false\n    init: false\n    memswap_limit: -1\n"},
+    "volumes of another": {"compose.yaml": BASE + "    volumes_from: ['b:ro']\n  b: {image: x}\n"},
     "extensions": {"compose.yaml": "x-a: {b: c}\n" + BASE + "    x-own: 1\n"},
 }
 # What labs prints otherwise, and why: case → paths.
@@ -312,6 +338,26 @@ BAD = {
     "a protocol that is none": (BASE + "    ports: ['80:80/xyz']\n", "4:13", "protocol"),
     "a port published twice": (BASE + "    ports: ['80:80']\n  b:\n    image: x\n    ports: ['80:81']\n", "7:13",
                                "services.b.ports.0.*already published by a"),
+    "a port of all addresses and of one": (BASE + "    ports: ['0.0.0.0:80:80']\n  b:\n    image: x\n"
+                                           "    ports: ['127.0.0.1:80:81']\n", "7:13", "already published by a"),
+    "a port without target": (BASE + "    ports: [{published: 80}]\n", "4:13", "ports.0.*must have a target"),
+    "a volume without target": (BASE + "    volumes: [{type: bind, source: /x}]\n", "4:15", "must have a target"),
+    "a secret without source": (BASE + "    secrets: [{target: /x}]\n", "4:15", "secrets.0.*must have a source"),
+    "a config without source": (BASE + "    configs: [{target: /x}]\n", "4:15", "configs.0.*must have a source"),
+    "a secret of two sources": (BASE + "    secrets: [k]\nsecrets:\n  k: {file: f, environment: WHO}\n", "6:3",
+                                "secrets.k.*environment and file"),
+    "an external volume with a driver": (BASE + "    volumes: ['vol:/v']\nvolumes:\n  vol: {external: true, "
+                                         "driver: x}\n", "6:25", "volumes.vol.driver.*external"),
+    "a number that is none": (BASE + "    scale: abc\n", "4:5", "services.a.scale.*whole number"),
+    "a truth that is none": (BASE + "    init: perhaps\n", "4:5", "services.a.init.*true or false"),
+    "retries below none": (BASE + "    healthcheck: {retries: -1}\n", "4:5", "services.a.healthcheck.*0 or more"),
+    "two scales": (BASE + "    scale: 2\n    deploy: {replicas: 3}\n", "4:5", "services.a.scale.*deploy.replicas"),
+    "a key that is a number": (BASE + "    labels: {1: a}\n", "4:14", "services.a.labels.*a key must be a string"),
+    "a tagged number that is none": (BASE + "    scale: !!int abc\n", "4:12", "services.a.scale.*no int"),
+    "no end of a number": (BASE + "    cpus: .inf\n", "4:11", "services.a.cpus.*no float"),
+    "nested without end": ("a: " + "[" * 3000 + "]" * 3000, "", "nested too deeply"),
+    "a network of nobody": (BASE + "    network_mode: service:b\n", "4:5", "services.a.network_mode.*no such service"),
+    "a link to nobody": (BASE + "    links: [b]\n", "4:5", "services.a.links.*no such service"),
     "a volume that is none": (BASE + "    volumes: ['a:b:c:d']\n", "4:15", "services.a.volumes.0"),
     "a mode that is none": (BASE + "    volumes: ['/a:/b:xx']\n", "4:15", "unknown mode xx"),
     "a duration that is none": (BASE + "    stop_grace_period: soon\n", "4:5", "services.a.stop_grace_period"),
@@ -344,13 +390,22 @@ def test_bad_input_is_one_line_with_file_line_column_and_key(case, tmp_path):
 
 
 # What Docker takes although it cannot come about, or refuses later.
-LATER = {"a port published twice", "an unknown tag", "a volume that is none", "a mode that is none", "no service"}
+LATER = {"a port published twice", "a port of all addresses and of one", "an unknown tag", "a volume that is none",
+         "a mode that is none", "no service"}
 
 
 @pytest.mark.parametrize("case", sorted(set(BAD) - LATER))
 def test_docker_refuses_the_same(case, tmp_path):
     written(tmp_path, {"compose.yaml": BAD[case][0]})
     assert judged([str(tmp_path / "compose.yaml")], tmp_path).returncode != 0
+
+
+def test_what_an_include_brings_is_not_changed_in_the_same_file(tmp_path):
+    written(tmp_path, {"compose.yaml": "include: [sub/b.yaml]\nservices:\n  b: {command: other}\n",
+                       "sub/b.yaml": "services:\n  b: {image: busybox:lab}\n"})
+    assert "conflicts with imported" in judged([str(tmp_path / "compose.yaml")], tmp_path).stderr
+    with pytest.raises(ComposeError, match=r"b\.yaml:2:3: services\.b.*included"):
+        compose_file.load(str(tmp_path / "compose.yaml"), env=ENV)
 
 
 def test_aliases_that_unfold_without_end_are_refused(tmp_path):
