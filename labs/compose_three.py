@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -146,7 +147,8 @@ def _settled(tool: str, names: Sequence[str]) -> list[Container]:
 
 
 def _outcome(succeeded: bool, file: str, containers: Sequence[Container]) -> Outcome:
-    services = {one.service: one.as_service._replace(containers=sum(other.service == one.service for other in containers))
+    count = Counter(one.service for one in containers)
+    services = {one.service: one.as_service._replace(containers=count[one.service])
                 for one in containers if one.number == 1}
     return Outcome(succeeded, _order(file, containers), services)
 
