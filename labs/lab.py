@@ -161,13 +161,16 @@ def _cgroups() -> Iterator[str]:
 
 
 def _files() -> Iterator[str]:
-    """What lies in the directories of labs, and directly in /tmp."""
+    """What lies in the directories of labs, directly in /tmp, and at the top of the trees that all labs share."""
     for top in (machine.STATE, machine.DATA):
         for folder, _, names in os.walk(top):
             yield from (f"{folder}/{name}" for name in names)
             if folder not in (top, f"{machine.STATE}/ns", f"{machine.STATE}/oci"):  # kept when empty
                 yield folder
     yield from (f"{TMP}/{name}" for name in os.listdir(TMP) if not name.startswith(CHURN_FILES))
+    for root in machine.ROOTFS.values():  # where a runtime would make mount points: /run, /etc/resolv.conf
+        yield from glob.iglob(f"{root}/*")
+        yield from glob.iglob(f"{root}/*/*")
 
 
 def _profiles() -> list[str]:

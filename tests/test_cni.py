@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -287,10 +288,11 @@ def test_what_was_not_added_cannot_be_checked(host, who):
 @pytest.mark.machine
 def test_containerd_calls_it(host, tmp_path):
     (tmp_path / "10-labs.conflist").write_text(json.dumps(listed(PLUGIN)))
+    root = shutil.copytree(machine.rootfs("busybox"), tmp_path / "root", symlinks=True)  # ctr makes its mount points
     script = f"""mount --bind {tmp_path} /etc/cni/net.d
 mount -t overlay -o lowerdir={cni.OURS}:{cni.PLUGINS} overlay {cni.PLUGINS}
 mkdir -p /var/lib/cni; mount -t tmpfs tmpfs /var/lib/cni
-ctr run --rm --rootfs --read-only --cni --cgroup /labs/labs-cni {machine.rootfs("busybox")} labs-cni \\
+ctr run --rm --rootfs --read-only --cni --cgroup /labs/labs-cni {root} labs-cni \\
   /bin/busybox ip -o -4 addr show eth0"""
     said = host.run(["unshare", "-m", "sh", "-ec", script], timeout=120)
     assert " 10.43.0.2/24 " in said

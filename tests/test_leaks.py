@@ -14,6 +14,7 @@ from tests.lint.normalise import dumps
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD = f"{machine.STATE}/leaked-netns"
+SHARED = f"{machine.ROOTFS['busybox']}/leaked"
 
 
 class Leak(NamedTuple):
@@ -37,6 +38,7 @@ LEAKS = {
     ),
     "link": Leak("ip link add labs-leaked type bridge", "ip link delete labs-leaked", "+ link labs-leaked"),
     "file": Leak("touch /tmp/leaked", "rm /tmp/leaked", "+ file /tmp/leaked"),
+    "rootfs": Leak(f"mkdir {SHARED}", f"rmdir {SHARED}", f"+ file {SHARED}"),
 }
 # Only looked for around a module or a notebook.
 SLOW = {
