@@ -49,6 +49,22 @@ def sizes(path):
     return False, FILES[path]
 
 
+def comes_about(condition, seconds):
+    """Whether it does, in that time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def alive(pid):
+    """proc_pid_stat(5): neither gone nor a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def passed(output):
     return sorted(int(number) for number in re.findall(r"(\d+) passed", output))
 
@@ -120,10 +136,7 @@ def test_the_end_takes_what_a_command_started_too(place):
     lanes, pid = suite.Lanes(), place / "pid"
     running = threading.Thread(target=lanes.share, args=(1, session(place), suite.Handout(sizes)))
     running.start()
-    deadline = time.monotonic() + 60
-    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert comes_about(lambda: pid.exists() and pid.read_text(), 60)
     lanes.end()
     running.join(30)
-    state = Path(f"/proc/{int(pid.read_text())}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert comes_about(lambda: not alive(pid.read_text().strip()), 10)  # SIGKILL is sent, and then the kernel's work
