@@ -33,6 +33,10 @@ COLOURS = (36, 33, 32, 35, 34, 96, 93, 92)  # of console_codes(4)
 DEADLINE = 60.0  # seconds that a supervisor has to come up
 
 
+class Ended(LabError):
+    """The supervisor ended while it was asked."""
+
+
 class Result(NamedTuple):
     """What a command in a container came to."""
 
@@ -140,15 +144,15 @@ def down(name: str, *, volumes: bool = False) -> None:
 
     A project that is not there is no mistake.
     """
-    if _is_up(name):
-        with _held(name) as supervisor:
-            _ask(name, {"do": "down", "volumes": volumes})
+    with _held(name) as supervisor:
+        if supervisor is not None:
+            with suppress(Ended, BadInput):  # another `down` was faster
+                _ask(name, {"do": "down", "volumes": volumes})
             if not process.readable(supervisor, DEADLINE):
                 raise Timeout(f"the end of the supervisor of {name}", DEADLINE)
-    else:
-        _clear(name)
-        if volumes:
-            compose_supervisor.remove_volumes(name)
+    _clear(name)
+    if volumes:
+        compose_supervisor.remove_volumes(name)
     with _alone():
         pass
 
@@ -236,16 +240,18 @@ def _is_up(name: str) -> bool:
 
 
 @contextmanager
-def _held(name: str) -> Iterator[int]:
-    """A pidfd of the supervisor, readable when it has ended: SO_PEERCRED of unix(7), pidfd_open(2)."""
-    with socket.socket(socket.AF_UNIX) as line:
+def _held(name: str) -> Iterator[int | None]:
+    """A pidfd of the supervisor, readable when it has ended (unix(7), SO_PEERCRED; pidfd_open(2)); None without one."""
+    descriptor = None
+    with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
         line.connect(f"{FOLDER}/{name}/socket")
         pid = int.from_bytes(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
         descriptor = os.pidfd_open(pid)
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _begin(name: str) -> None:
@@ -283,7 +289,7 @@ def _ask(name: str, request: Mapping[str, Any], tell: Callable[[str], object] = 
                     raise UpFailed(row["error"], row["left"])
                 else:
                     return row["done"]
-    raise LabError(f"{name}: the supervisor ended while it was asked")
+    raise Ended(f"{name}: the supervisor ended while it was asked")
 
 
 def _clear(name: str) -> None:

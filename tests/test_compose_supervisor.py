@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,20 @@ def until(condition):
     return process.until(condition, 30.0)
 
 
+def running(*words):
+    """The processes whose command line ends so, each with its parent."""
+    found = {}
+    for pid in process.pids():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            if process.cmdline(pid)[-len(words):] == list(words):
+                found[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    return found
+
+
 def supervisors():
     """Without the DNS servers, which are children of the one."""
-    found = [pid for pid in process.pids() if process.cmdline(pid)[-2:] == ["labs.compose_supervisor", NAME]]
-    parents = {pid: Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1] for pid in found}
-    return [pid for pid in found if int(parents[pid]) not in found]
+    found = running("labs.compose_supervisor", NAME)
+    return [pid for pid, parent in found.items() if parent not in found]
 
 
 # The application of the book
@@ -145,13 +155,24 @@ def test_two_at_once_make_one_project(project):
     assert len(supervisors()) == 1
 
 
+def test_two_may_take_it_down(project):
+    compose_run.up(project("a: {image: 'busybox:lab', command: sleep 1000, stop_grace_period: 1s}"))
+    other = subprocess.Popen([sys.executable, "-c", f"from labs import compose_run; compose_run.down('{NAME}')"],
+                             env=PYTHON)
+    os.kill(*supervisors(), signal.SIGTERM)
+    compose_run.down(NAME)
+    assert other.wait(60) == 0
+    assert not os.path.exists(f"{FOLDER}/{NAME}")
+    assert not os.path.exists(compose_run.LAYERS)
+
+
 def test_a_command_ends_with_whoever_asked_for_it(project):
     compose_run.up(project(f"a: {IDLE}}}"))
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(f"{FOLDER}/{NAME}/socket")
         line.sendall(json.dumps({"do": "exec", "container": "a", "argv": ["sleep", "999"], "env": {}}).encode() + b"\n")
-        until(lambda: any(process.cmdline(pid) == ["sleep", "999"] for pid in process.pids()))
-    until(lambda: not any(process.cmdline(pid) == ["sleep", "999"] for pid in process.pids()))
+        until(lambda: running("sleep", "999"))
+    until(lambda: not running("sleep", "999"))
 
 
 def test_clean_ends_the_supervisor_too(project):
