@@ -1,8 +1,7 @@
 """The same compose files under labs, `docker compose` and `podman-compose`, and what came of them, in one form.
 
 Docker and Podman are asked by `ps` and `inspect`, whose answers have the same form. Every project bears a name of its
-tool, so that the tools may run side by side. Many small files are brought up side by side too, and looked at together:
-what costs time is asking.
+tool, so that the tools may run side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from labs.errors import LabError, Timeout
 TOOLS = ("labs", "docker", "podman")
 DEADLINE = 120.0  # seconds that `up` may take, and then containers to become what they should be
 STEADY = 1.0  # seconds without a change after which nothing more is expected
-WORKERS = 4  # files that are brought up or down side by side
+WORKERS = 2  # files side by side: while one waits, the other starts
 LABEL = compose.LABEL
 COMMON = ("PATH=", "HOME=", "HOSTNAME=", "TERM=", "container=")
 
@@ -66,47 +65,34 @@ class Outcome(NamedTuple):
 class Container(NamedTuple):
     """One container as any of the tools shows it; started orders those of one tool, "" if it never was."""
 
-    project: str
     service: str
     number: int
     started: str
     as_service: Service
 
 
-@contextmanager
-def running(tool: str, file: str, name: str) -> Iterator[Outcome]:
-    """A file up under one of TOOLS, as project name; down at the end, volumes too."""
-    with running_all(tool, {name: file}) as found:
-        yield found[name]
+def outcome(tool: str, file: str, name: str) -> Outcome:
+    """What one of TOOLS makes of a file, as project name: up, looked at when nothing changes any more, down with volumes.
 
-
-@contextmanager
-def running_all(tool: str, files: Mapping[str, str]) -> Iterator[dict[str, Outcome]]:
-    """Files up side by side, as the projects that they are given by; all down at the end, volumes too.
-
-    The first one is up before the others begin, and until they have ended: what all share is made and removed once.
-    Raises LabError where a tool left containers.
+    Raises LabError where the tool left containers.
     """
-    paths = {name: os.path.abspath(file) for name, file in files.items()}  # podman-compose goes to the directory first
-    first, *rest = paths
-    try:
-        succeeded = {first: _up(tool, paths[first], first)}
-        succeeded |= dict(zip(rest, _side_by_side(lambda name: _up(tool, paths[name], name), rest), strict=True))
-        containers = _settled(tool, list(paths))
-        yield {name: _outcome(succeeded[name], paths[name], [one for one in containers if one.project == name])
-               for name in paths}
-    finally:
-        _side_by_side(lambda name: _down(tool, paths[name], name), rest)
-        _down(tool, paths[first], first)
+    with _running(tool, os.path.abspath(file), name) as found:  # podman-compose goes to the directory first
+        return found
 
 
 def outcomes(file: str, tools: Sequence[str] = TOOLS) -> dict[str, Outcome]:
     """One tool after the other, each alone."""
-    found = {}
-    for tool in tools:
-        with running(tool, file, f"labs-{tool}") as outcome:
-            found[tool] = outcome
-    return found
+    return {tool: outcome(tool, file, f"labs-{tool}") for tool in tools}
+
+
+def outcomes_of(tool: str, files: Mapping[str, str]) -> dict[str, Outcome]:
+    """What a tool makes of files, WORKERS at a time, as the projects that they are given by.
+
+    The first is up before the others begin, and until they have ended: what all projects share is made and removed once.
+    """
+    first, *rest = files
+    with _running(tool, os.path.abspath(files[first]), first) as found, ThreadPoolExecutor(WORKERS) as pool:
+        return {first: found} | dict(zip(rest, pool.map(lambda name: outcome(tool, files[name], name), rest), strict=True))
 
 
 def differences(found: Mapping[str, Outcome]) -> dict[str, dict[str, object]]:
@@ -124,19 +110,24 @@ def _flat(outcome: Outcome) -> Iterator[tuple[str, object]]:
         yield from ((f"{name}.{field}", value) for field, value in service._asdict().items())
 
 
-def _side_by_side(work: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return list(pool.map(work, names))
+@contextmanager
+def _running(tool: str, file: str, name: str) -> Iterator[Outcome]:
+    try:
+        succeeded = _up(tool, file, name)
+        containers = _settled(tool, name)
+        yield Outcome(succeeded, _order(file, containers), _services(containers))
+    finally:
+        _down(tool, file, name)
 
 
-def _settled(tool: str, names: Sequence[str]) -> list[Container]:
-    """Their containers, once none is about to change and none did for STEADY seconds; after DEADLINE as they are."""
+def _settled(tool: str, name: str) -> list[Container]:
+    """Its containers, once none is about to change and none did for STEADY seconds; after DEADLINE as they are."""
     seen: list[Container] = []
     since = 0.0
 
     def steady() -> bool:
         nonlocal seen, since
-        now = sorted(_look(tool, names))
+        now = sorted(_look(tool, name))
         if now != seen:
             seen, since = now, time.monotonic()
         waiting = any(one.as_service.health == "starting" or one.as_service.status == "restarting" for one in now)
@@ -146,11 +137,10 @@ def _settled(tool: str, names: Sequence[str]) -> list[Container]:
     return seen
 
 
-def _outcome(succeeded: bool, file: str, containers: Sequence[Container]) -> Outcome:
+def _services(containers: Sequence[Container]) -> dict[str, Service]:
     count = Counter(one.service for one in containers)
-    services = {one.service: one.as_service._replace(containers=count[one.service])
-                for one in containers if one.number == 1}
-    return Outcome(succeeded, _order(file, containers), services)
+    return {one.service: one.as_service._replace(containers=count[one.service])
+            for one in containers if one.number == 1}
 
 
 def _order(file: str, containers: Sequence[Container]) -> tuple[str, ...]:
@@ -185,17 +175,16 @@ def _down(tool: str, file: str, name: str) -> None:
         compose_run.down(name, volumes=True)
         return
     done = _run(*_client(tool), "-f", file, "-p", name, "down", "-v", "-t", "1")
-    if done.returncode and _look(tool, [name]):  # a file that was refused cannot be brought down either
+    if done.returncode and _look(tool, name):  # a file that was refused cannot be brought down either
         raise LabError(f"{tool}: down failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def _look(tool: str, names: Sequence[str]) -> list[Container]:
-    """The containers of those projects."""
+def _look(tool: str, name: str) -> list[Container]:
+    """The containers of a project."""
     if tool == "labs":
-        return [_own(name, state) for name in names for state in compose_run.ps(name)]
-    ids = _run(tool, "ps", "-aq", "--filter", f"label={LABEL}project").stdout.split()
-    rows = json.loads(_run(tool, "inspect", *ids).stdout) if ids else []
-    return [_inspected(row) for row in rows if row["Config"]["Labels"][f"{LABEL}project"] in names]
+        return [_own(name, state) for state in compose_run.ps(name)]
+    ids = _run(tool, "ps", "-aq", "--filter", f"label={LABEL}project={name}").stdout.split()
+    return [_inspected(row) for row in json.loads(_run(tool, "inspect", *ids).stdout)] if ids else []
 
 
 def _own(project: str, state: State) -> Container:
@@ -203,7 +192,7 @@ def _own(project: str, state: State) -> Container:
     with open(f"/run/labs/compose/{project}/units/{state.name}/config.json", encoding="utf-8") as file:
         env = json.load(file)["process"]["env"]
     started = f"{state.started:.6f}" if state.started else ""
-    return Container(project, state.service, state.number, started, Service(
+    return Container(state.service, state.number, started, Service(
         1, state.status, state.exit_code, state.health, tuple(sorted(state.networks)), _given(env)))
 
 
@@ -213,7 +202,7 @@ def _inspected(row: Mapping[str, Any]) -> Container:
     project, started = labels[f"{LABEL}project"], state["StartedAt"]
     networks = sorted(one.removeprefix(f"{project}_") for one in row["NetworkSettings"]["Networks"] or ()
                       if one not in ("none", "host"))
-    return Container(project, labels[f"{LABEL}service"], int(labels[f"{LABEL}container-number"]),
+    return Container(labels[f"{LABEL}service"], int(labels[f"{LABEL}container-number"]),
                      "" if started.startswith("0001") else started, Service(
         1, state["Status"], state["ExitCode"], _health(state), tuple(networks), _given(row["Config"]["Env"] or ())))
 

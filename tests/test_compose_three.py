@@ -50,8 +50,7 @@ EXPLAINED = {}
 
 @pytest.fixture(scope="module")
 def ours():
-    with compose_three.running_all("labs", {f"labs-three-{name}": file for name, file in FILES.items()}) as found:
-        yield found
+    return compose_three.outcomes_of("labs", {f"labs-three-{name}": file for name, file in FILES.items()})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -85,8 +84,8 @@ def test_differences_name_field_tool_and_value():
 def test_the_three_agree_but_for_what_is_explained():
     def run(tool):
         files = {f"labs-{tool}-{name}": file for name, file in FILES.items() if (name, tool) not in HANGS}
-        with compose_three.running_all(tool, files) as found:
-            return {name: found[f"labs-{tool}-{name}"] for name in FILES if f"labs-{tool}-{name}" in found}
+        found = compose_three.outcomes_of(tool, files)
+        return {name: found[f"labs-{tool}-{name}"] for name in FILES if f"labs-{tool}-{name}" in found}
 
     with ThreadPoolExecutor() as pool:
         found = dict(zip(compose_three.TOOLS, pool.map(run, compose_three.TOOLS), strict=True))
