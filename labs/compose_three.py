@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class Container(NamedTuple):
 
 
 def outcome(tool: str, file: str, name: str) -> Outcome:
-    """What one of TOOLS makes of a file, as project name: up, looked at when nothing changes any more, down with volumes.
+    """What one of TOOLS makes of a file, as project name: up, looked at once nothing changes, down with volumes.
 
     Raises LabError where the tool left containers.
     """
@@ -88,11 +88,12 @@ def outcomes(file: str, tools: Sequence[str] = TOOLS) -> dict[str, Outcome]:
 def outcomes_of(tool: str, files: Mapping[str, str]) -> dict[str, Outcome]:
     """What a tool makes of files, WORKERS at a time, as the projects that they are given by.
 
-    The first is up before the others begin, and until they have ended: what all projects share is made and removed once.
+    The first is up before the others begin, and until they have ended: what all share is made and removed once.
     """
     first, *rest = files
     with _running(tool, os.path.abspath(files[first]), first) as found, ThreadPoolExecutor(WORKERS) as pool:
-        return {first: found} | dict(zip(rest, pool.map(lambda name: outcome(tool, files[name], name), rest), strict=True))
+        others = pool.map(lambda name: outcome(tool, files[name], name), rest)
+        return {first: found} | dict(zip(rest, others, strict=True))
 
 
 def differences(found: Mapping[str, Outcome]) -> dict[str, dict[str, object]]:
