@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from labs import process
@@ -105,18 +106,23 @@ def as_process_1(script: str, grace: float = GRACE) -> tuple[int, str]:
     """Run it as process 1 of a PID namespace, send TERM once it waits: exit code as docker's (137 after KILL), output."""
     words = ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", script]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as top:
-        first = process.until(lambda: process.children(top.pid), 10)[0]
-        settled = lambda: top.poll() is not None or _waits(first)  # noqa: E731
-        process.until(settled, 10)
-        if top.poll() is None:
-            os.kill(first, signal.SIGTERM)
+        # A script that has ended already has no process to be found, and gets no signal.
+        found = process.until(lambda: process.children(top.pid) if top.poll() is None else [0], 10)
+        process.until(lambda: top.poll() is not None or _waits(found[0]), 10)
+        _kill(top, found[0], signal.SIGTERM)
         try:
             code = top.wait(grace)
         except subprocess.TimeoutExpired:
-            os.kill(first, signal.SIGKILL)
+            _kill(top, found[0], signal.SIGKILL)
             code = top.wait()
         said = top.stdout.read() if top.stdout else ""
     return (code if code >= 0 else 128 - code), said
+
+
+def _kill(top: subprocess.Popen[str], pid: int, number: signal.Signals) -> None:
+    if top.poll() is None:  # it ends right after its child
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _waits(pid: int) -> bool:
