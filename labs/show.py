@@ -275,6 +275,8 @@ def plot(
         if limit is not None:
             axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
         axes.set_ylim(bottom=0)
+        if all(isinstance(value, int) for points in series.values() for _, value in points):
+            axes.yaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1 or limit is not None:
             axes.legend(frameon=False)
 
