@@ -49,7 +49,7 @@ HELD = ("bind", "circle", "config", "dotenv", "env-file", "env-list", "env-types
         "gate-failed", "gate-healthy", "include", "network-service", "network-two", "no-command", "profiles", "restart",
         "scale", "secret-target", "shell", "unhealthy", "unknown-key", "unknown-need", "user", "variable-required",
         "variables", "volume-kinds")
-HANGS = {("circle", "podman"): "Podman refuses a container whose dependency is not there, and podman-compose waits for it"}
+HANGS = {("circle", "podman"): "the first is refused, as its dependency is not there, and then waited for"}
 # What comes of it otherwise, and why.
 EXPLAINED = {
     ("env-list", "docker"): (outcome({"a": {"environment": ["A=1", "B=", "C=x y=z", "NOWHERE"]}}),
