@@ -1,7 +1,8 @@
 """The same compose files under labs, `docker compose` and `podman-compose`, and what came of them, in one form.
 
 Docker and Podman are asked by `ps` and `inspect`, whose answers have the same form. Every project bears a name of its
-tool, so that the tools may run side by side.
+tool, so that the tools may run side by side. Many small files are brought up one by one, and looked at and removed
+together: what costs time is asking.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from labs.errors import LabError, Timeout
 TOOLS = ("labs", "docker", "podman")
 DEADLINE = 120.0  # seconds that `up` may take, and then containers to become what they should be
 STEADY = 1.0  # seconds without a change after which nothing more is expected
-WORKERS = 2  # files side by side: while one waits, the other starts
+WORKERS = 2  # files that are brought up side by side: while one waits, the other starts
 LABEL = compose.LABEL
 COMMON = ("PATH=", "HOME=", "HOSTNAME=", "TERM=", "container=")
 
@@ -65,35 +66,46 @@ class Outcome(NamedTuple):
 class Container(NamedTuple):
     """One container as any of the tools shows it; started orders those of one tool, "" if it never was."""
 
+    project: str
     service: str
     number: int
     started: str
     as_service: Service
 
 
-def outcome(tool: str, file: str, name: str) -> Outcome:
-    """What one of TOOLS makes of a file, as project name: up, looked at once nothing changes, down with volumes.
+@contextmanager
+def running(tool: str, file: str, name: str) -> Iterator[Outcome]:
+    """A file up under one of TOOLS, as project name; down at the end, volumes too."""
+    with running_all(tool, {name: file}) as found:
+        yield found[name]
 
-    Raises LabError where the tool left containers.
+
+@contextmanager
+def running_all(tool: str, files: Mapping[str, str]) -> Iterator[dict[str, Outcome]]:
+    """Files up side by side, as the projects that they are given by; all down at the end, volumes too.
+
+    The first one is up before the others begin, and until they have ended: what all share is made and removed once.
+    Raises LabError where something could not be removed.
     """
-    with _running(tool, os.path.abspath(file), name) as found:  # podman-compose goes to the directory first
-        return found
+    paths = {name: os.path.abspath(file) for name, file in files.items()}  # podman-compose goes to the directory first
+    first, *rest = paths
+    try:
+        succeeded = {first: _up(tool, paths[first], first)}
+        succeeded |= dict(zip(rest, _side_by_side(lambda name: _up(tool, paths[name], name), rest), strict=True))
+        containers = _settled(tool, list(paths))
+        yield {name: _outcome(succeeded[name], paths[name], [one for one in containers if one.project == name])
+               for name in paths}
+    finally:
+        _down(tool, list(paths))
 
 
 def outcomes(file: str, tools: Sequence[str] = TOOLS) -> dict[str, Outcome]:
     """One tool after the other, each alone."""
-    return {tool: outcome(tool, file, f"labs-{tool}") for tool in tools}
-
-
-def outcomes_of(tool: str, files: Mapping[str, str]) -> dict[str, Outcome]:
-    """What a tool makes of files, WORKERS at a time, as the projects that they are given by.
-
-    The first is up before the others begin, and until they have ended: what all share is made and removed once.
-    """
-    first, *rest = files
-    with _running(tool, os.path.abspath(files[first]), first) as found, ThreadPoolExecutor(WORKERS) as pool:
-        others = pool.map(lambda name: outcome(tool, files[name], name), rest)
-        return {first: found} | dict(zip(rest, others, strict=True))
+    found = {}
+    for tool in tools:
+        with running(tool, file, f"labs-{tool}") as outcome:
+            found[tool] = outcome
+    return found
 
 
 def differences(found: Mapping[str, Outcome]) -> dict[str, dict[str, object]]:
@@ -111,24 +123,19 @@ def _flat(outcome: Outcome) -> Iterator[tuple[str, object]]:
         yield from ((f"{name}.{field}", value) for field, value in service._asdict().items())
 
 
-@contextmanager
-def _running(tool: str, file: str, name: str) -> Iterator[Outcome]:
-    try:
-        succeeded = _up(tool, file, name)
-        containers = _settled(tool, name)
-        yield Outcome(succeeded, _order(file, containers), _services(containers))
-    finally:
-        _down(tool, file, name)
+def _side_by_side(work: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(work, names))
 
 
-def _settled(tool: str, name: str) -> list[Container]:
-    """Its containers, once none is about to change and none did for STEADY seconds; after DEADLINE as they are."""
+def _settled(tool: str, names: Sequence[str]) -> list[Container]:
+    """Their containers, once none is about to change and none did for STEADY seconds; after DEADLINE as they are."""
     seen: list[Container] = []
     since = 0.0
 
     def steady() -> bool:
         nonlocal seen, since
-        now = sorted(_look(tool, name))
+        now = sorted(_look(tool, names))
         if now != seen:
             seen, since = now, time.monotonic()
         waiting = any(one.as_service.health == "starting" or one.as_service.status == "restarting" for one in now)
@@ -138,10 +145,11 @@ def _settled(tool: str, name: str) -> list[Container]:
     return seen
 
 
-def _services(containers: Sequence[Container]) -> dict[str, Service]:
+def _outcome(succeeded: bool, file: str, containers: Sequence[Container]) -> Outcome:
     count = Counter(one.service for one in containers)
-    return {one.service: one.as_service._replace(containers=count[one.service])
-            for one in containers if one.number == 1}
+    services = {one.service: one.as_service._replace(containers=count[one.service])
+                for one in containers if one.number == 1}
+    return Outcome(succeeded, _order(file, containers), services)
 
 
 def _order(file: str, containers: Sequence[Container]) -> tuple[str, ...]:
@@ -171,21 +179,38 @@ def _up(tool: str, file: str, name: str) -> bool:
     return False
 
 
-def _down(tool: str, file: str, name: str) -> None:
+def _down(tool: str, names: Sequence[str]) -> None:
+    """Remove what bears the names of those projects: a `down` for each would take as long as its `up`."""
     if tool == "labs":
-        compose_run.down(name, volumes=True)
+        _side_by_side(lambda name: compose_run.down(name, volumes=True), names[1:])
+        compose_run.down(names[0], volumes=True)
         return
-    done = _run(*_client(tool), "-f", file, "-p", name, "down", "-v", "-t", "1")
-    if done.returncode and _look(tool, name):  # a file that was refused cannot be brought down either
-        raise LabError(f"{tool}: down failed: {done.stderr.strip().splitlines()[-1]}")
+    together = ("--depend", "--ignore") if tool == "podman" else ()  # its containers name those they depend on
+    _remove(tool, "rm", "-f", "-v", *together, having=[row["Id"] for row in _rows(tool, names)])
+    if tool == "podman":
+        _remove(tool, "pod", "rm", "-f", "--ignore", having=[f"pod_{name}" for name in names])
+    for kind in ("network", "volume"):
+        found = _run(tool, kind, "ls", "--format", "{{.Name}}").stdout.split()
+        _remove(tool, kind, "rm", having=[one for one in found if one.startswith(tuple(f"{name}_" for name in names))])
 
 
-def _look(tool: str, name: str) -> list[Container]:
-    """The containers of a project."""
+def _remove(tool: str, *words: str, having: Sequence[str]) -> None:
+    if having and (done := _run(tool, *words, *having)).returncode:
+        raise LabError(f"{tool}: {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _look(tool: str, names: Sequence[str]) -> list[Container]:
+    """The containers of those projects."""
     if tool == "labs":
-        return [_own(name, state) for state in compose_run.ps(name)]
-    ids = _run(tool, "ps", "-aq", "--filter", f"label={LABEL}project={name}").stdout.split()
-    return [_inspected(row) for row in json.loads(_run(tool, "inspect", *ids).stdout)] if ids else []
+        return [_own(name, state) for name in names for state in compose_run.ps(name)]
+    return [_inspected(row) for row in _rows(tool, names)]
+
+
+def _rows(tool: str, names: Sequence[str]) -> list[Any]:
+    """What `docker inspect` or `podman inspect` says of them."""
+    ids = _run(tool, "ps", "-aq", "--filter", f"label={LABEL}project").stdout.split()
+    rows = json.loads(_run(tool, "inspect", *ids).stdout) if ids else []
+    return [row for row in rows if row["Config"]["Labels"][f"{LABEL}project"] in names]
 
 
 def _own(project: str, state: State) -> Container:
@@ -193,7 +218,7 @@ def _own(project: str, state: State) -> Container:
     with open(f"/run/labs/compose/{project}/units/{state.name}/config.json", encoding="utf-8") as file:
         env = json.load(file)["process"]["env"]
     started = f"{state.started:.6f}" if state.started else ""
-    return Container(state.service, state.number, started, Service(
+    return Container(project, state.service, state.number, started, Service(
         1, state.status, state.exit_code, state.health, tuple(sorted(state.networks)), _given(env)))
 
 
@@ -203,7 +228,7 @@ def _inspected(row: Mapping[str, Any]) -> Container:
     project, started = labels[f"{LABEL}project"], state["StartedAt"]
     networks = sorted(one.removeprefix(f"{project}_") for one in row["NetworkSettings"]["Networks"] or ()
                       if one not in ("none", "host"))
-    return Container(labels[f"{LABEL}service"], int(labels[f"{LABEL}container-number"]),
+    return Container(project, labels[f"{LABEL}service"], int(labels[f"{LABEL}container-number"]),
                      "" if started.startswith("0001") else started, Service(
         1, state["Status"], state["ExitCode"], _health(state), tuple(networks), _given(row["Config"]["Env"] or ())))
 
