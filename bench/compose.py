@@ -62,11 +62,11 @@ def _up_and_down(title: str, file: str, runs: int) -> list[Row]:
 
 
 def sizes(runs: int) -> list[Row]:
-    """1, 5 and 20 services that wait for nobody."""
+    """1, 5 and 20 services that wait for nobody; 20 once, as the three together take minutes."""
     rows = []
     for count in (1, 5, 20):
         with _file([f"s{number}: {IDLE}}}" for number in range(count)]) as file:
-            rows += _up_and_down(f"{count} services", file, runs)
+            rows += _up_and_down(f"{count} services", file, runs if count < 20 else 1)
     return rows
 
 
