@@ -411,10 +411,11 @@ class Server:
     Attributes:
         address, port: where it is asked.
         pid: its process.
+        folder: where its resolv.conf files are.
     """
 
     def __init__(self, service: _Service, place: _Place, folder: str) -> None:
-        self.address, self.port, self._folder = place.address, place.port, folder
+        self.address, self.port, self.folder = place.address, place.port, folder
         self._domain = service.names.domain.to_text() if service.names.domain != dns.name.root else ""
         self._open = ExitStack()
         self._control, theirs = socket.socketpair()
@@ -461,7 +462,7 @@ class Server:
 
     def resolv_conf(self, *, search: Sequence[str] = (), options: Sequence[str] = ()) -> Bind:
         """A resolv.conf(5) that names this server, to be bound into a container; it goes with the server."""
-        path = f"{self._folder}/{len(os.listdir(self._folder))}"
+        path = f"{self.folder}/{len(os.listdir(self.folder))}"
         with open(path, "w", encoding="ascii") as file:
             file.write(resolv_conf([self.address], search, options))
         return Bind(path, RESOLV_CONF)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import count, cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,6 +275,8 @@ def plot(
         if limit is not None:
             axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit")
         axes.set_ylim(bottom=0)
+        if all(isinstance(value, int) for points in series.values() for _, value in points):
+            axes.yaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1 or limit is not None:
             axes.legend(frameon=False)
 
@@ -298,6 +300,30 @@ def bars(values: Mapping[str, float], *, unit: str, alt: str = "", log: bool = F
         axes.invert_yaxis()
 
     return _figure(draw, unit, "", alt or f"Bars of {unit}: {', '.join(values)}", height=1.2 + 0.45 * len(values))
+
+
+def timeline(rows: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str = "seconds", alt: str) -> Picture:
+    """Draw what lasted from when to when: one row for each label, one look for each kind.
+
+    Args:
+        rows: label → spans (begin, end, kind), drawn in the order given.
+        x: what the axis counts.
+        alt: what the reader should see in it.
+    """
+    kinds = list(dict.fromkeys(kind for spans in rows.values() for _, _, kind in spans))
+
+    greys = {kind: str(0.85 - 0.6 * number / max(len(kinds) - 1, 1)) for number, kind in enumerate(kinds)}
+
+    def draw(axes: Any) -> None:
+        for height, (spans, kind) in enumerate(product(rows.values(), kinds)):
+            mine = [(begin, end - begin) for begin, end, one in spans if one == kind]
+            axes.broken_barh(mine, (height // len(kinds) - 0.3, 0.6), facecolor=greys[kind], edgecolor="black",
+                             label=kind if height < len(kinds) else None)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.legend(frameon=False, ncols=len(kinds), loc="lower left", bbox_to_anchor=(0, 1))
+
+    return _figure(draw, x, "", alt, height=1.5 + 0.4 * len(rows))
 
 
 def stable(name: str) -> str:

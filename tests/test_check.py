@@ -48,6 +48,7 @@ def test_the_box_is_html_with_its_class_and_code_marked():
     assert 'class="labs-verdict hint"' in even(12)._repr_html_()
     assert "<code>12</code>" in even(12)._repr_html_()
     assert 'class="labs-verdict pass"' in even(4)._repr_html_()
+    assert "<strong>so</strong>, <code>**a, **b</code>" in check.Verdict(False, "**so**, `**a, **b`")._repr_html_()
     assert "&lt;b&gt;" in check.Verdict(False, "<b>")._repr_html_()
 
 

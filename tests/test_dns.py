@@ -375,7 +375,7 @@ def test_bad_places(net, options, said):
     with pytest.raises(errors.BadInput) as caught, names.serve(net.host, records={}, **options):
         pass
     assert str(caught.value) == said
-    assert folders() == sorted(os.path.basename(one._folder) for one in (net.server, net.abroad))
+    assert folders() == sorted(os.path.basename(one.folder) for one in (net.server, net.abroad))
 
 
 def test_a_namespace_that_is_gone(net):
@@ -414,7 +414,7 @@ def test_it_ends_with_its_caller_even_by_sigkill(net):
         caller.kill()
     assert process.readable(pidfd, 20)
     os.close(pidfd)
-    mine = {os.path.basename(one._folder) for one in (net.server, net.abroad)}
+    mine = {os.path.basename(one.folder) for one in (net.server, net.abroad)}
     left, = set(folders()) - mine  # lab.clean() would remove it, and all of this test's network too
     machine.remove_tree(f"{machine.STATE}/{left}")
 

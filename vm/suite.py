@@ -28,6 +28,8 @@ from vm.native import native
 from vm.site import build_site, environment
 from vm.steps import LabError
 
+# Minutes in a machine, though small files: given out last, one lane would run them alone.
+LONG = ("tests/test_compose_three.py", "tests/test_microvm.py")
 HOST_TESTS = ("tests/lint", "tests/site", "tests/vm")
 FREE = "\x1efree "  # tests/share.py writes it before the files it has not run
 # two machines of the suite, and the one that tests/vm starts for itself
@@ -103,8 +105,8 @@ class Handout:
 
 
 def _weight(path: str) -> tuple[bool, int]:
-    """Notebooks first, then by size: the nearest thing to the time a file takes that needs no keeping."""
-    return path.endswith(".ipynb"), (REPO / path).stat().st_size
+    """Notebooks and LONG first, then by size: the nearest thing to the time a file takes that needs no keeping."""
+    return path.endswith(".ipynb") or path in LONG, (REPO / path).stat().st_size
 
 
 class Rest(NamedTuple):

@@ -46,8 +46,13 @@ class Verdict(NamedTuple):
 
     def _repr_html_(self) -> str:
         kind, word = ("pass", "合格") if self.passed else ("hint", "ヒント")
-        text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.message))
+        text = re.sub(r"`([^`]+)`|\*\*([^*]+)\*\*", _marked, html.escape(self.message))
         return f'<div class="labs-verdict {kind}"><p class="labs-verdict-title">{word}</p><p>{text}</p></div>'
+
+
+def _marked(found: re.Match[str]) -> str:
+    """Code where it stands in backquotes, else strong."""
+    return f"<code>{found[1]}</code>" if found[1] else f"<strong>{found[2]}</strong>"
 
 
 def exercise(steps: Callable[P, Steps]) -> Callable[P, Verdict]:

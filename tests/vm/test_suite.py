@@ -79,6 +79,13 @@ def test_one_machine_runs_all_the_longest_first(place, capsys):
     assert handout.left() == []
 
 
+def test_notebooks_and_the_long_tests_are_given_out_before_the_rest():
+    offered = ["tests/test_registry.py", *suite.LONG, "book/01-container/01-process.ipynb"]
+    handout = suite.Handout(suite._weight)
+    given = [handout.next(offered) for _ in offered]
+    assert set(given[: len(suite.LONG) + 1]) == {*suite.LONG, "book/01-container/01-process.ipynb"}
+
+
 def test_two_machines_run_each_file_once(place, capsys):
     handout, lanes = suite.Handout(sizes), suite.Lanes()
     assert handout.next(list(FILES)) == "test_a.py"  # the other machine's
