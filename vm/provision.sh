@@ -63,7 +63,7 @@ JSON
 }
 
 install_images() {
-	inputs=$(find "$here/images" -type f -exec cat {} + | sha256sum)
+	inputs=$(find "$here/images" -type f | LC_ALL=C sort | xargs cat | sha256sum) # the order of a directory is its file system's
 	[ "$(cat $layout/.inputs 2>/dev/null)" = "$inputs" ] && return
 	say "container images from Debian packages"
 	"$here/images/build.sh" $layout $opt/rootfs
