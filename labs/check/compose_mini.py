@@ -15,7 +15,6 @@ from labs.compose_unit import State
 from labs.errors import BadInput
 
 NAME = "labs-gate"
-COMPLETED = "service_completed_successfully"
 PUZZLE = """\
 name: puzzle
 services:
@@ -135,9 +134,9 @@ def gated(text: str) -> Steps:
     last = len(events)
     # The order alone may be luck: on a slow machine migrate has ended before web could have started.
     waits = [compose.needs(project, name).get(need) for name, need in (("migrate", "db"), ("web", "migrate"))]
-    yield waits[0] == "service_healthy" and order["migrate", "started"] > order.get(("db", "healthy"), last), \
+    yield waits[0] == compose.HEALTHY and order["migrate", "started"] > order.get(("db", "healthy"), last), \
         "`migrate` が、`db` の準備ができる前に動きました。`service_healthy` を待たせてください。"
-    yield waits[1] == COMPLETED and order["web", "started"] > order.get(("migrate", "exited"), last), \
+    yield waits[1] == compose.COMPLETED and order["web", "started"] > order.get(("migrate", "exited"), last), \
         "`web` が、`migrate` の終わる前に動きました。終わったことを待つ条件は、どれでしょうか。"
     yield codes["migrate"] == 0, "`migrate` が失敗しています。"
     return "起動の順番ではなく、「使える」「済んだ」という**状態**を待つようになりました。"
