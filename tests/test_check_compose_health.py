@@ -2,9 +2,11 @@
 
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+from labs import process
 from labs.check import compose_health as check
 
 GATED = """\
@@ -94,3 +96,24 @@ def test_events_tell_the_life_of_a_container_and_nothing_from_before():
     assert next(one.more["exitCode"] for one in seen if one.action == "die") == "3"
     assert all(one.when > 0 for one in seen)
     assert not [one for one in check.events(time.time()) if one.more["name"] == "labs-events"]
+
+
+@pytest.mark.machine
+def test_events_wait_for_an_end_that_the_daemon_is_still_writing_down():
+    def sh(words):
+        return subprocess.run(words.split(), check=True, capture_output=True, text=True).stdout.strip()
+
+    daemon = sh("pidof dockerd")
+    sh("docker run -d --name labs-events --network none busybox:lab sleep 1000")
+    slow = subprocess.Popen(["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync",
+                             "-e", "inject=fsync:delay_enter=300000", "-p", daemon])
+    try:
+        process.until(lambda: f"TracerPid:\t{slow.pid}" in Path(f"/proc/{daemon}/status").read_text())
+        since = time.time()
+        sh("docker stop -t 0 labs-events")
+        seen = [one.action for one in check.events(since) if one.more["name"] == "labs-events"]
+    finally:
+        slow.terminate()
+        slow.wait()
+        sh("docker rm -f labs-events")
+    assert "die" in seen

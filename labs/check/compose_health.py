@@ -39,7 +39,13 @@ class Event(NamedTuple):
 
 
 def events(since: float) -> Iterator[Event]:
-    """What `docker events` tells of containers from that moment (seconds since the epoch) until now."""
+    """What `docker events` tells of containers from that moment (seconds since the epoch) until now.
+
+    The daemon wakes those who wait for a container's end (`docker stop`, `docker wait`) before it writes down that it
+    died, and holds the container until then: whoever asks for the container itself, as `docker inspect` does, waits.
+    """
+    every = subprocess.run(["docker", "ps", "-aq"], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["docker", "inspect", *every], capture_output=True, check=False)
     words = ["docker", "events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}"]
     words += ["--filter", "type=container", "--format", "json"]
     for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
