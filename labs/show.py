@@ -157,39 +157,40 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -
     return Picture("\n".join([title, *lines]), markup)
 
 
-def graph(
-    title: str, boxes: Mapping[str, Sequence[str]], arrows: Sequence[tuple[str, str]], *, rankdir: str = "LR"
-) -> Picture:
-    """Draw boxes with arrows between them, for what is no tree: two may lead to the same one.
-
-    Args:
-        title: what it shows; the first line of its words.
-        boxes: key → lines of text, in the order in which they are drawn.
-        arrows: (from, to), by key.
-        rankdir: LR from left to right, TB from top to bottom.
-    """
-    drawing, names = _digraph(rankdir), {key: f"n{number}" for number, key in enumerate(boxes)}
-    for key, lines in boxes.items():
-        drawing.node(names[key], "\n".join(map(_escape, lines)), style="rounded")
-    for start, end in arrows:
-        drawing.edge(names[start], names[end])
-    said = {key: ", ".join(lines) for key, lines in boxes.items()}
-    alt = "\n".join([title, *(f"{said[start]} → {said[end]}" for start, end in arrows)])
-    return Picture(alt, _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt))
-
-
 class Box(NamedTuple):
-    """One box of a diagram: its lines of text, and how it looks.
+    """One box of a diagram or a graph: its lines of text, and how it looks.
 
     Attributes:
         lines: the text, first line first.
         faded: drawn dashed, for what is there but does nothing (a link that is down).
-        fresh: outlined in colour, for what was not there before.
+        fresh: outlined in colour, for what was not there before, or is as it should be.
     """
 
     lines: tuple[str, ...]
     faded: bool = False
     fresh: bool = False
+
+
+def graph(
+    title: str, boxes: Mapping[str, Sequence[str] | Box], arrows: Sequence[tuple[str, str]], *, rankdir: str = "LR"
+) -> Picture:
+    """Draw boxes with arrows between them, for what is no tree: two may lead to the same one.
+
+    Args:
+        title: what it shows; the first line of its words.
+        boxes: key → a box, or its lines of text, in the order in which they are drawn.
+        arrows: (from, to), by key.
+        rankdir: LR from left to right, TB from top to bottom.
+    """
+    drawing, names = _digraph(rankdir), {key: f"n{number}" for number, key in enumerate(boxes)}
+    told = {key: one if isinstance(one, Box) else Box(tuple(one)) for key, one in boxes.items()}
+    for key, box in told.items():
+        _node(drawing, names[key], box)
+    for start, end in arrows:
+        drawing.edge(names[start], names[end])
+    said = {key: ", ".join(box.lines) for key, box in told.items()}
+    alt = "\n".join([title, *(f"{said[start]} → {said[end]}" for start, end in arrows)])
+    return _drawn(drawing, alt)
 
 
 class Join(NamedTuple):
@@ -217,8 +218,7 @@ def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[J
         frame = {"label": _escape(label), "labelloc": "b" if number else "t", "style": "dashed", "margin": "7"}
         with drawing.subgraph(name=f"cluster_{number}", graph_attr=frame | {"labeljust": "l"}) as inner:
             for key, box in boxes.items():
-                style = "dashed" if box.faded else "rounded"
-                inner.node(names[key], "\n".join(map(_escape, box.lines)), style=style, **_fresh(box.fresh))
+                _node(inner, names[key], box)
             with inner.subgraph(graph_attr={"rank": "same"}) as row:
                 for key in _leaving(boxes, joins):
                     row.node(names[key])
@@ -227,6 +227,15 @@ def diagram(alt: str, frames: Mapping[str, Mapping[str, Box]], joins: Sequence[J
         drawing.edge(names[join.first], names[join.second], dir="none", **_fresh(join.fresh) | width)
     for upper, lower in _alone(frames, joins):
         drawing.edge(names[upper], names[lower], style="invis")
+    return _drawn(drawing, alt)
+
+
+def _node(drawing: Any, name: str, box: Box) -> None:
+    style = "dashed" if box.faded else "rounded"
+    drawing.node(name, "\n".join(map(_escape, box.lines)), style=style, **_fresh(box.fresh))
+
+
+def _drawn(drawing: Any, alt: str) -> Picture:
     svg = _svg(str(drawing.pipe(format="svg", encoding="utf-8")), alt)
     return Picture(alt, svg.replace(f'stroke="{FRESH}"', f'style="stroke:var(--labs-c1,{FRESH})"'))
 
