@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -82,9 +83,15 @@ def create(tmp_path):
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": True}
         subprocess.run([*runc, "create", "-b", tmp_path, "check-bundle"], **quiet)
         state = json.loads((tmp_path / "state/check-bundle/state.json").read_text())
-        return state["init_process_pid"], tmp_path / "state/check-bundle/exec.fifo"
+        made.append(state["init_process_pid"])
+        return made[0], tmp_path / "state/check-bundle/exec.fifo"
 
+    made = []
     yield make
+    # `runc delete --force` goes on when process 1 is a zombie, whose threads may still be in the cgroup: rmdir fails.
+    with suppress(ProcessLookupError):
+        os.kill(made[0], 9)
+    process.until(lambda: not Path(f"/proc/{made[0]}").exists())
     subprocess.run([*runc, "delete", "--force", "check-bundle"], check=True)
 
 
