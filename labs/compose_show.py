@@ -55,7 +55,7 @@ def live(project: Project, every: float = 0.3) -> Iterator[None]:
 
     every: seconds between two looks at the containers.
     """
-    # Not at the top of the module: most who import it draw nothing.
+    # Not at the top of the module: a kernel has it already, anyone else would wait for it.
     from IPython.display import DisplayHandle, display
 
     frame, over = DisplayHandle(), threading.Event()

@@ -7,13 +7,14 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labs import machine, syscalls
+from labs import machine, process, syscalls
 
 LABS = str(Path(__file__).parent.parent / "bin/labs-runtime")
 RUNTIMES = {"labs": LABS, "runc": "runc", "crun": "crun"}
@@ -126,6 +127,16 @@ class Bundle:
         done = self.call("run", "--detach", self.name, **null)
         assert done.returncode == 0
         return self.name
+
+
+def kill(pid: int) -> None:
+    """Kill process 1 of a container and wait until it is reaped, if it is there.
+
+    `runc delete --force` goes on when it is a zombie, whose threads may still be in the cgroup: then rmdir(2) fails.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    process.until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 @contextlib.contextmanager

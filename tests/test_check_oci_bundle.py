@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from labs import machine, process
 from labs.check import UNANSWERED
 from labs.check import oci_bundle as check
 from labs.oci_schema import errors
+from tests import oci
 
 GOOD = {
     "ociVersion": "1.2.0",
@@ -88,10 +88,7 @@ def create(tmp_path):
 
     made = []
     yield make
-    # `runc delete --force` goes on when process 1 is a zombie, whose threads may still be in the cgroup: rmdir fails.
-    with suppress(ProcessLookupError):
-        os.kill(made[0], 9)
-    process.until(lambda: not Path(f"/proc/{made[0]}").exists())
+    oci.kill(made[0])
     subprocess.run([*runc, "delete", "--force", "check-bundle"], check=True)
 
 

@@ -86,9 +86,7 @@ def test_the_state_has_what_the_others_have(made, runtime):
         done = made.call("create", made.name, runtime=each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         assert done.returncode == 0
         shown[each] = state(made, each)
-        # `runc delete --force` goes on when process 1 is a zombie, whose threads may still be in the cgroup.
-        os.kill(shown[each]["pid"], signal.SIGKILL)
-        until(lambda pid=shown[each]["pid"]: not os.path.exists(f"/proc/{pid}"))
+        oci.kill(shown[each]["pid"])
         made.good("delete", made.name, runtime=each)
     assert set(shown["labs"]) - {"owner"} == set(shown[runtime]) - {"owner", "systemd-scope", "command"}
     assert shown[runtime].pop("rootfs") in (shown["labs"].pop("rootfs"), "rootfs")  # crun has it as config.json does
